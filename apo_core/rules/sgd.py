@@ -1,0 +1,102 @@
+"""Gradient descent with a learning rate that APO tunes, global or per layer."""
+
+from __future__ import annotations
+
+import math
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from apo_core.types import State, Tensors, trainable_parameters
+from apo_core.update_rule import UpdateRule
+
+
+@final
+class SGD(UpdateRule):
+    """θ' − θ = −η d, with φ = log η; d = g, or v (heavy-ball), or g + μv (Nesterov).
+
+    symbol   meaning
+    η        the learning rate, exp(log_lr): () or one for each layer
+    μ        `momentum`, fixed: a one-step objective cannot tune it (P18 section 5)
+    v        the momentum buffer, v ← μv + g (P18 eq. 18); the step is −η(g + μv) (eq. 19)
+
+    With φ frozen it takes the steps of `torch.optim.SGD`. A layer is a module with parameters of
+    its own: weight and bias share a learning rate.
+
+    Source: P22 eq. 6, P18 eq. 18 and eq. 19.
+
+    Args:
+        model: the module to train; only names, shapes, device and dtype are read.
+        lr: the initial η > 0.
+        momentum: μ in [0, 1).
+        nesterov: Nesterov's momentum (P18) instead of the heavy ball.
+        per_layer: one η for each layer.
+        lookahead_momentum: look ahead with the momentum buffer. False, as P18 does it: η is tuned
+            "as if there's no momentum", and momentum applied on top.
+
+    Raises:
+        ValueError: `lr` or `momentum` out of range, `nesterov` without momentum.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        per_layer: bool = False,
+        lookahead_momentum: bool = False,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"`lr` must be positive and finite, got {lr}; φ is its logarithm.")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
+        if nesterov and momentum == 0:
+            raise ValueError("`nesterov` must come with `momentum` > 0, got 0.0.")
+        params = trainable_parameters(model)
+        owners = [name.rpartition(".")[0] for name in params]
+        self.layers: tuple[str, ...] = tuple(dict.fromkeys(owners)) if per_layer else ()
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.lookahead_from_state = lookahead_momentum
+        self._layer_of = [self.layers.index(owner) if per_layer else 0 for owner in owners]
+        first = next(iter(params.values()))
+        self.log_lr = nn.Parameter(
+            torch.full(
+                (len(self.layers),) if per_layer else (),
+                math.log(lr),
+                dtype=torch.float64 if first.dtype == torch.float64 else torch.float32,
+                device=first.device,
+            )
+        )
+
+    @property
+    def lr(self) -> Tensor:
+        """η, () or (layers,), detached; `layers` names them."""
+        return self.log_lr.detach().exp()
+
+    def init_state(self, params: Tensors) -> State:
+        """v = 0, or nothing without momentum."""
+        return {"momentum": [torch.zeros_like(p) for p in params]} if self.momentum else {}
+
+    def forward(self, params: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
+        """−η d and the next v; with an empty state d = g."""
+        direction, next_state = grads, state
+        if "momentum" in state:
+            v = _added(grads, state["momentum"], alpha=self.momentum)
+            direction = _added(grads, v, alpha=self.momentum) if self.nesterov else v
+            next_state = {"momentum": v}
+        rates = -self.log_lr.exp()
+        if not self.layers:
+            return [(rates * d).to(d.dtype) for d in direction], next_state
+        return [
+            (rates[layer] * d).to(d.dtype)
+            for layer, d in zip(self._layer_of, direction, strict=True)
+        ], next_state
+
+
+def _added(left: Tensors, right: Tensors, alpha: float) -> Tensors:
+    """left + alpha · right."""
+    return list(torch._foreach_add(left, right, alpha=alpha))

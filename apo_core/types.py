@@ -1,0 +1,54 @@
+"""The few types that every layer of the engine speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor, nn
+
+Tensors: TypeAlias = list[Tensor]
+"""One tensor for each trainable parameter of the model, in the order of `trainable_parameters`."""
+
+State: TypeAlias = dict[str, Tensors]
+"""What an update rule remembers between steps (a momentum buffer); fixed for φ (P22 footnote 1)."""
+
+Closure: TypeAlias = Callable[[], Tensor]
+"""A forward pass of the user's model at its present parameters: the loss, or the outputs."""
+
+
+class ProximalTerms(NamedTuple):
+    """Q(φ) = loss + fsd + wsd: the three addends, weights included, as detached 0-d tensors.
+
+    Source: P22 eq. 8.
+    """
+
+    loss: Tensor
+    fsd: Tensor
+    wsd: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Q(φ), a 0-d tensor."""
+        return self.loss + self.fsd + self.wsd
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name and value of each parameter that has `requires_grad`; a tied one appears once.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+        ValueError: `model` has no trainable parameter.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}; "
+            "wrap loose tensors in a module that holds them as nn.Parameter."
+        )
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError(
+            "`model` must have at least one parameter with requires_grad, got none; "
+            "unfreeze one with requires_grad_(True)."
+        )
+    return params
