@@ -95,7 +95,9 @@ class ProximalObjective:
         """
         zero = updates[0].new_zeros(())
         loss_term, fsd_term, wsd_term = zero, zero, zero
-        q = [torch.zeros_like(u) for u in updates]
+        q = list(torch._foreach_mul(updates, self.wsd_weight))
+        if self.wsd_weight > 0:
+            wsd_term = 0.5 * self.wsd_weight * _inner(updates, updates)
         exact_loss = self.loss == "exact"
         exact_fsd = self.fsd_weight > 0 and self.fsd == "exact"
 
@@ -124,9 +126,6 @@ class ProximalObjective:
         if not exact_loss:
             loss_term = _inner(grads, updates)
             torch._foreach_add_(q, grads)
-        if self.wsd_weight > 0:
-            wsd_term = 0.5 * self.wsd_weight * _inner(updates, updates)
-            torch._foreach_add_(q, updates, alpha=self.wsd_weight)
         return ProximalTerms(loss_term, fsd_term, wsd_term), q
 
     def _current_outputs(self, outputs: Closure | None, rewind: Callable[[], None]) -> Tensor:

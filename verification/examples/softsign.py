@@ -1,0 +1,29 @@
+"""A third party's update rule in one file: the README's example."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from apo_core import UpdateRule
+
+
+class Softsign(UpdateRule):
+    """θ' − θ = −η g / (|g| + ε), with φ = (log η, log ε): sign descent for gradients above ε."""
+
+    def __init__(self, model: nn.Module, lr: float = 1e-2, eps: float = 1e-1) -> None:
+        super().__init__()
+        like = next(model.parameters())
+        self.log_lr = nn.Parameter(like.new_tensor(math.log(lr)))
+        self.log_eps = nn.Parameter(like.new_tensor(math.log(eps)))
+
+    def init_state(self, params: list[Tensor]) -> dict[str, list[Tensor]]:
+        """No memory."""
+        return {}
+
+    def forward(
+        self, params: list[Tensor], grads: list[Tensor], state: dict[str, list[Tensor]]
+    ) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """−η g / (|g| + ε), and no state."""
+        lr, eps = self.log_lr.exp(), self.log_eps.exp()
+        return [-lr * g / (torch.abs(g) + eps) for g in grads], state
