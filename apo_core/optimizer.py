@@ -204,6 +204,19 @@ class APO(torch.optim.Optimizer):
         self.steps += 1
         return loss
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once the optimizer is built: φ belongs to the parameters the rule was built on.
+
+        Raises:
+            RuntimeError: always, after construction.
+        """
+        if self.param_groups:
+            raise RuntimeError(
+                "`param_groups` of APO must stay as they were built, got another group; build a "
+                "new rule and a new APO once the model has all its parameters."
+            )
+        super().add_param_group(param_group)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on: φ, the rule's state, all optimizers, the counters.
 

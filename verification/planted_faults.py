@@ -1,0 +1,196 @@
+"""Plant one fault at a time in a copy of the checkout, and see whether the suite notices.
+
+    python -m verification.planted_faults [NAME ...]
+
+Each fault is one replacement in one file. The suite's own test of this list only makes sure that it
+does not rot; planting takes minutes, and is a command of its own. Exit status 1 if a fault lives.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("apo_core", "reference", "verification", "experiments", "pyproject.toml", "README.md")
+
+
+class Fault(NamedTuple):
+    """One replacement of `old` by `new` in `file`; `old` stands there exactly once."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+FAULTS = (
+    Fault(
+        "the ½ of the WSD term dropped",
+        "apo_core/objective.py",
+        "wsd_term = 0.5 * self.wsd_weight * _inner(updates, updates)",
+        "wsd_term = self.wsd_weight * _inner(updates, updates)",
+    ),
+    Fault(
+        "the ½ of the WSD term dropped, in q",
+        "apo_core/objective.py",
+        "q = list(torch._foreach_mul(updates, self.wsd_weight))",
+        "q = list(torch._foreach_mul(updates, 2 * self.wsd_weight))",
+    ),
+    Fault(
+        "A and B swapped in eq. 10",
+        "apo_core/preconditioners/ekfac.py",
+        "product = B @ (S.square() * (B.T @ V @ A)) @ A.T",
+        "product = A @ (S.square() * (A.T @ V @ B)) @ B.T",
+    ),
+    Fault(
+        "A and B swapped in the dense eq. 9",
+        "apo_core/preconditioners/ekfac.py",
+        "torch.kron(self.B, self.A)",
+        "torch.kron(self.A, self.B)",
+    ),
+    Fault(
+        "A transposed in eq. 10",
+        "apo_core/preconditioners/ekfac.py",
+        "(B.T @ V @ A)) @ A.T",
+        "(B.T @ V @ A.T)) @ A",
+    ),
+    Fault(
+        "S instead of S² in eq. 10",
+        "apo_core/preconditioners/ekfac.py",
+        "product = B @ (S.square() *",
+        "product = B @ (S *",
+    ),
+    Fault(
+        "the sign of dQ/dφ",
+        "apo_core/optimizer.py",
+        "p.grad = gradient if p.grad is None else p.grad + gradient",
+        "p.grad = -gradient if p.grad is None else p.grad - gradient",
+    ),
+    Fault(
+        "the FSD on the loss's mini-batch, in the oracle",
+        "reference/meta_objective.py",
+        "J = self.problem.network.jacobian(lookahead, fsd_inputs)",
+        "fsd_inputs = batch[0]; J = self.problem.network.jacobian(lookahead, fsd_inputs)",
+    ),
+    Fault(
+        "the FSD on the loss's mini-batch, in the training loop",
+        "experiments/training.py",
+        "outputs=partial(problem.outputs, model, other)",
+        "outputs=partial(problem.outputs, model, batch)",
+    ),
+    Fault(
+        "the Fisher from the labels",
+        "reference/curvature.py",
+        "scores = problem.example_gradients(theta, X, y)",
+        "scores = problem.example_gradients(theta, X, 0 * y)",
+    ),
+    Fault(
+        "the lookahead left in place after a meta-step",
+        "apo_core/lookahead.py",
+        "torch._foreach_copy_(params, current)",
+        "pass",
+    ),
+    Fault(
+        "the BatchNorm statistics of the lookahead kept",
+        "apo_core/lookahead.py",
+        "buffer.copy_(value)",
+        "pass",
+    ),
+    Fault(
+        "another dropout mask in the second FSD pass",
+        "apo_core/objective.py",
+        "                if current is not None:\n                    rewind()\n",
+        "                if current is not None:\n",
+    ),
+    Fault(
+        "the lookahead at -Δ",
+        "apo_core/lookahead.py",
+        "torch._foreach_add_(params, updates)",
+        "torch._foreach_add_(params, updates, alpha=-1)",
+    ),
+    Fault(
+        "λ_FSD left out of q",
+        "apo_core/objective.py",
+        "torch._foreach_add_(q, gradient(value, params), alpha=self.fsd_weight)",
+        "torch._foreach_add_(q, gradient(value, params))",
+    ),
+    Fault(
+        "KL the other way round",
+        "apo_core/discrepancies.py",
+        'if self.order == "current_lookahead":',
+        'if self.order == "lookahead_current":',
+    ),
+    Fault(
+        "Nesterov without μ",
+        "apo_core/rules/sgd.py",
+        "_added(grads, v, alpha=self.momentum) if self.nesterov",
+        "_added(grads, v, alpha=1.0) if self.nesterov",
+    ),
+    Fault(
+        "the update scale in the wrong place",
+        "apo_core/optimizer.py",
+        "torch._foreach_add_(params, updates, alpha=self.update_scale)",
+        "torch._foreach_add_(params, updates)",
+    ),
+)
+
+
+def planted(fault: Fault, folder: Path) -> Path:
+    """A copy of the checkout under `folder` with `fault` in it."""
+    copy = folder / "checkout"
+    copy.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, copy / name)
+    target = copy / fault.file
+    text = target.read_text(encoding="utf-8")
+    if text.count(fault.old) != 1:
+        raise ValueError(
+            f"`old` of the fault {fault.name!r} must stand once in {fault.file}, got "
+            f"{text.count(fault.old)} times; bring the list up to date."
+        )
+    target.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
+    return copy
+
+
+def first_failure(checkout: Path) -> str | None:
+    """The first test of the suite that fails in `checkout`, or None."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "verification", "-x", "-q", "--no-header", "-n", "auto"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode == 0:
+        return None
+    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0] if failed else f"exit status {run.returncode}"
+
+
+def main(names: list[str]) -> int:
+    """Plant the faults whose names contain one of `names`, or all; 0 if every one is caught."""
+    chosen = [f for f in FAULTS if not names or any(name in f.name for name in names)]
+    alive = 0
+    for fault in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            failure = first_failure(planted(fault, Path(folder)))
+        alive += failure is None
+        print(
+            f"{'LIVES ' if failure is None else 'caught'}  {fault.name}: {failure or '-'}",
+            flush=True,
+        )
+    print(f"{len(chosen) - alive} passed, {alive} failed")
+    return int(alive > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
