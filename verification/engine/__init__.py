@@ -1,0 +1,1 @@
+"""What the engine promises beside its values: no trace left, runs resumed, clear errors."""
