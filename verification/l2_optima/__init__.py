@@ -1,0 +1,1 @@
+"""Level 2: the deterministic meta-optimization converges to the analytic optimum."""
