@@ -1,0 +1,1 @@
+"""The property-based suite that holds the engine against the oracle, and the claims ledger."""

@@ -1,0 +1,1 @@
+"""Tests of the experiments' machinery: data, records, runner, report, command line; no network."""

@@ -1,0 +1,1 @@
+"""Level 0: the oracle against complex steps, mpmath, brute force and optimality conditions."""

@@ -1,0 +1,149 @@
+"""First-order running error bounds of the oracle's passes, in units of the unit roundoff.
+
+| symbol | meaning |
+|---|---|
+| e_x | bound on the absolute error of x by rounding, divided by u, elementwise |
+| |x| | elementwise modulus |
+
+Every activation has slope at most 1 and curvature at most 1, so an error e_s of a pre-activation
+moves a by e_s and the slope by e_s. A sum of k products adds k + 2 roundings of its absolute terms,
+and a vectorized function keeps 4 ulp (8 units); a slope is made of two of them.
+
+The norms of these bounds are the `scale` of `assert_close`: what the terms, intermediate ones
+included, amount to where they cancel in the result.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from reference import MLP, FixedHead, Linear, MetaObjective, Network
+from reference.arrays import Array
+from reference.problem import Batch
+
+
+class PassErrors(NamedTuple):
+    """Outputs and Jacobian with their error bounds in units of u."""
+
+    z: Array  # (N, C)
+    J: Array  # (N, C, n)
+    e_z: Array
+    e_J: Array
+
+
+def pass_errors(network: Network, theta: Array, X: Array) -> PassErrors:
+    """z and J of a network, with what rounding may do to them."""
+    trace = network.trace(theta, X)
+    if isinstance(network, FixedHead):
+        e_z, e_a, e_D = _fixed_head(network, theta, trace.layer_inputs)
+    else:
+        assert isinstance(network, MLP | Linear)
+        e_z, e_a, e_D = _layered(network, theta, trace.layer_inputs, trace.output_backprop)
+    blocks = []
+    for layer, a, D, ea, eD in zip(
+        network.layers, trace.layer_inputs, trace.output_backprop, e_a, e_D, strict=True
+    ):
+        outer = (
+            np.abs(a)[:, None, :, None] * (eD + np.abs(D))[:, :, None, :]
+            + ea[:, None, :, None] * np.abs(D)[:, :, None, :]
+        )
+        blocks.append(outer.reshape(*D.shape[:2], -1))
+        if layer.bias is not None:
+            blocks.append(eD)
+    return PassErrors(
+        trace.outputs, network.jacobian(theta, X), e_z, np.concatenate(blocks, axis=2)
+    )
+
+
+def gradient_error(passes: PassErrors, dz: Array, e_dz: Array) -> float:
+    """Norm of the bound for E[J^T dz], in units of u; with `dz` (N, C) and its own bound."""
+    terms = np.einsum("nci,nc->i", passes.e_J, np.abs(dz)) + np.einsum(
+        "nci,nc->i", np.abs(passes.J), e_dz + (dz.size + 2) * np.abs(dz)
+    )
+    return float(np.linalg.norm(terms)) / len(dz)
+
+
+def loss_gradient_error(passes: PassErrors, dz: Array) -> Array:
+    """Bound for dL/dz: L has curvature at most 1, z - t or p - e_t is one sum more."""
+    return passes.e_z + 8.0 * (1.0 + np.abs(passes.z)) + np.abs(dz)
+
+
+def divergence_gradient_error(passes: PassErrors, current: PassErrors) -> Array:
+    """Bound for d rho / dz.
+
+    The curvature of rho is at most 2, or 1 + 2 max|r| for KL(p || p0), where the log ratio r has
+    a spread of at most 2 max|z - z0|; its terms are as large as z and z0.
+    """
+    spread = np.max(np.abs(passes.z - current.z), axis=1, keepdims=True)
+    size = np.max(np.abs(passes.z) + np.abs(current.z), axis=1, keepdims=True) + 1.0
+    own = np.max(passes.e_z + current.e_z, axis=1, keepdims=True)
+    bound = (2.0 + 4.0 * spread) * (own + 16.0 * size)
+    return np.broadcast_to(bound, passes.z.shape)
+
+
+def meta_gradient_error(
+    objective: MetaObjective, theta: Array, lookahead: Array, batch: Batch, fsd_inputs: Array
+) -> float:
+    """Norm of the bound for q = dQ/dtheta' of the exact objective, in units of u."""
+    network, loss = objective.problem.network, objective.problem.loss
+    on_batch = pass_errors(network, lookahead, batch.inputs)
+    dL = loss.gradient(on_batch.z, batch.targets)
+    total = gradient_error(on_batch, dL, loss_gradient_error(on_batch, dL))
+    here = pass_errors(network, lookahead, fsd_inputs)
+    there = pass_errors(network, theta, fsd_inputs)
+    drho = objective.discrepancy.gradient(here.z, there.z)
+    fsd = gradient_error(here, drho, divergence_gradient_error(here, there))
+    d = np.linalg.norm(np.abs(lookahead) + np.abs(theta))
+    return float(total + objective.fsd_weight * fsd + 3.0 * objective.wsd_weight * d)
+
+
+def meta_value_error(
+    objective: MetaObjective, theta: Array, lookahead: Array, batch: Batch, fsd_inputs: Array
+) -> float:
+    """Bound for the addends of the exact objective, in units of u, at theta and at theta'."""
+    network, loss = objective.problem.network, objective.problem.loss
+    total = 0.0
+    for u in (theta, lookahead):
+        passes = pass_errors(network, u, batch.inputs)
+        dL = np.abs(loss.gradient(passes.z, batch.targets))
+        terms = 8.0 * (1.0 + np.abs(passes.z)) * (1.0 + dL)
+        total += float(np.sum(dL * passes.e_z + terms * (1.0 + dL)))
+    here = pass_errors(network, lookahead, fsd_inputs)
+    there = pass_errors(network, theta, fsd_inputs)
+    # rho is an integral of its gradient from z0 to z, whose error is bounded along the way.
+    away = np.abs(here.z) + np.abs(there.z) + 1.0
+    fsd = float(np.sum((divergence_gradient_error(here, there) + here.e_z) * away))
+    wsd = float(np.sum((np.abs(lookahead) + np.abs(theta)) ** 2)) * len(lookahead)
+    return total + objective.fsd_weight * fsd + objective.wsd_weight * wsd
+
+
+def _fixed_head(
+    network: FixedHead, theta: Array, inputs: list[Array]
+) -> tuple[Array, list[Array], list[Array]]:
+    """Two sums of products one after the other; D = C_l is given, not computed."""
+    e_z = np.abs(np.broadcast_to(network.offset, (len(inputs[0]), network.output_size)))
+    for layer, a, head in zip(network.layers, inputs, network.heads, strict=True):
+        terms = np.abs(a) @ np.abs(layer.weight_matrix(theta)).T @ np.abs(head).T
+        e_z = e_z + (sum(layer.shape) + 4) * terms
+    e_D = [np.zeros((len(inputs[0]), *head.shape)) for head in network.heads]
+    return e_z, [np.zeros_like(a) for a in inputs], e_D
+
+
+def _layered(
+    network: MLP | Linear, theta: Array, inputs: list[Array], backprop: list[Array]
+) -> tuple[Array, list[Array], list[Array]]:
+    e_a, e_s = [np.zeros_like(inputs[0])], []
+    for index, (layer, a) in enumerate(zip(network.layers, inputs, strict=True)):
+        W = np.abs(layer.weight_matrix(theta))
+        b = 0.0 if layer.bias is None else np.abs(theta[layer.bias])
+        e_s.append(e_a[-1] @ W.T + (layer.shape[1] + 2) * (np.abs(a) @ W.T + b))
+        if index + 1 < len(inputs):
+            e_a.append(e_s[-1] + 8.0 * np.abs(inputs[index + 1]) + 8.0)
+    e_D = [np.zeros_like(backprop[-1])]
+    for index in range(len(inputs) - 1, 0, -1):
+        W = np.abs(network.layers[index].weight_matrix(theta))
+        D = np.abs(backprop[index])
+        Da = D @ W
+        e_Da = e_D[0] @ W + (D.shape[2] + 2) * Da
+        e_D.insert(0, e_Da + Da * (e_s[index - 1][:, None, :] + 17.0))
+    return e_s[-1], e_a, e_D

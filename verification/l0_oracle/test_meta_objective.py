@@ -1,0 +1,242 @@
+"""Q, its addends, its gradient q at the lookahead, and its approximation Q-hat."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reference import (
+    MLP,
+    CategoricalKL,
+    MetaObjective,
+    Problem,
+    SquaredError,
+    approximate_meta_objective,
+    complex_step_jacobian,
+    fsd_hessian,
+    preconditioned,
+    proximity_matrix,
+)
+from reference.arrays import Array
+from verification.l0_oracle import high_precision as hp
+from verification.l0_oracle.rounding import meta_gradient_error, meta_value_error
+from verification.profiles import share
+from verification.strategies import (
+    DISCREPANCIES,
+    LOSSES,
+    SMOOTH,
+    MetaCase,
+    batches,
+    meta_cases,
+    networks,
+    parameters,
+    proximity_weights,
+    scaled_normals,
+)
+from verification.tolerances import BITWISE, COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
+
+
+def value_error(case: MetaCase, lookahead: Array) -> float:
+    """Bound of the rounding of Q, in units of u."""
+    args = case.theta, lookahead, case.batch, case.other.inputs
+    return meta_value_error(case.objective(), *args)
+
+
+@given(case=meta_cases(), step=scaled_normals())
+def test_terms_are_the_three_weighted_addends(case: MetaCase, step) -> None:
+    """Each addend example by example from the loss, the divergence and the distance."""
+    u = step.around(case.theta)
+    terms = case.objective().terms(case.theta, u, case.batch, case.other.inputs)
+    network, loss = case.problem.network, case.problem.loss
+    X, T = case.batch
+    losses = [loss.value(network.outputs(u, X[n : n + 1]), T[n : n + 1])[0] for n in range(len(X))]
+    divergences = [
+        case.discrepancy.value(network.outputs(u, x[None]), network.outputs(case.theta, x[None]))[0]
+        for x in case.other.inputs
+    ]
+    scale = value_error(case, u)
+    expected = {
+        "loss": np.mean(losses),
+        "fsd": case.weights.fsd * np.mean(divergences),
+        "wsd": case.weights.wsd * sum((a - b) ** 2 for a, b in zip(u, case.theta, strict=True)) / 2,
+    }
+    for name, value in expected.items():
+        actual = np.float64(getattr(terms, name))
+        assert_close(actual, np.float64(value), ROUNDING, size=1, scale=scale, what=name)
+    assert terms.total == terms.loss + terms.fsd + terms.wsd
+
+
+@given(case=meta_cases(), step=scaled_normals())
+def test_q_is_the_complex_step_of_the_total(case: MetaCase, step) -> None:
+    u, objective = step.around(case.theta), case.objective()
+    args = case.batch, case.other.inputs
+    numeric = complex_step_jacobian(lambda v: objective.terms(case.theta, v, *args).total[None], u)
+    assert_close(
+        objective.lookahead_gradient(case.theta, u, *args),
+        numeric[0],
+        COMPLEX_STEP,
+        size=1,
+        scale=meta_gradient_error(objective, case.theta, u, *args),
+        what="q",
+    )
+
+
+@pytest.mark.parametrize(("loss", "fsd"), [("linear", "exact"), ("exact", "quadratic")])
+@given(case=meta_cases(), step=scaled_normals())
+def test_q_of_half_an_approximation_is_the_complex_step_of_its_total(
+    loss: str, fsd: str, case: MetaCase, step
+) -> None:
+    u, objective = step.around(case.theta), case.objective(loss, fsd)
+    args = case.batch, case.other.inputs
+    numeric = complex_step_jacobian(lambda v: objective.terms(case.theta, v, *args).total[None], u)
+    G = fsd_hessian(case.problem.network, case.discrepancy, case.theta, case.other.inputs)
+    d = np.abs(u) + np.abs(case.theta)
+    curved = case.weights.fsd * float(np.linalg.norm(np.abs(G) @ d)) * 2 * len(d)
+    scale = curved + meta_gradient_error(case.objective(), case.theta, u, *args)
+    scale += meta_gradient_error(case.objective(), case.theta, case.theta, *args)
+    q = objective.lookahead_gradient(case.theta, u, *args)
+    assert_close(q, numeric[0], COMPLEX_STEP, size=1, scale=scale, what="q")
+
+
+@share(0.25)
+@given(st.data())
+def test_q_and_its_terms_equal_differences_in_fifty_digits(data: st.DataObject) -> None:
+    """The whole meta-objective against a scalar mpmath twin that shares no code."""
+    loss_name = data.draw(st.sampled_from(list(LOSSES)), label="loss")
+    rho_name = data.draw(st.sampled_from(list(DISCREPANCIES)), label="discrepancy")
+    network = data.draw(
+        networks(kinds=["mlp"], activations=SMOOTH, max_width=2, max_hidden=1), label="network"
+    )
+    assert isinstance(network, MLP)
+    loss = LOSSES[loss_name]
+    case = MetaCase(
+        problem=Problem(network, loss),
+        theta=data.draw(parameters(network), label="theta"),
+        batch=data.draw(batches(network, loss, max_size=3), label="B"),
+        other=data.draw(batches(network, loss, max_size=3), label="B'"),
+        discrepancy=DISCREPANCIES[rho_name],
+        weights=data.draw(proximity_weights(), label="weights"),
+    )
+    u = data.draw(scaled_normals(), label="step").around(case.theta)
+    bias = network.layers[0].bias is not None
+    theta = hp.numbers(case.theta)
+
+    def outputs(v: hp.Vector, x: Array) -> hp.Vector:
+        return hp.mlp(v, hp.numbers(x), network.widths, network.activation, bias)
+
+    def terms(v: hp.Vector) -> list:
+        lossy = [
+            hp.squared_error(outputs(v, x), hp.numbers(t))
+            if loss_name == "squared_error"
+            else hp.cross_entropy(outputs(v, x), int(t))
+            for x, t in zip(*case.batch, strict=True)
+        ]
+        apart = [
+            hp.DIVERGENCES[rho_name](outputs(v, x), outputs(theta, x)) for x in case.other.inputs
+        ]
+        fsd, wsd = hp.numbers(case.weights)
+        distance = sum((a - b) ** 2 for a, b in zip(v, theta, strict=True))
+        return [sum(lossy) / len(lossy), fsd * sum(apart) / len(apart), wsd / 2 * distance]
+
+    args = case.theta, u, case.batch, case.other.inputs
+    with hp.context():
+        exact = np.array(terms(hp.numbers(u)), dtype=float)
+    actual = np.array(case.objective().terms(*args))
+    assert_close(actual, exact, FUNCTION, size=1, scale=value_error(case, u), what="terms")
+    assert_close(
+        case.objective().lookahead_gradient(*args),
+        hp.gradient(lambda v: sum(terms(v)), hp.numbers(u)),
+        FUNCTION,
+        size=1,
+        scale=meta_gradient_error(case.objective(), *args),
+        what="q",
+    )
+
+
+@given(case=meta_cases())
+def test_without_a_step_q_is_the_cost_gradient(case: MetaCase) -> None:
+    """At theta' = theta both proximity terms and their gradients vanish."""
+    args = case.theta, case.theta, case.batch, case.other.inputs
+    terms = case.objective().terms(*args)
+    scale = value_error(case, case.theta)
+    assert_close(np.array(terms[1:]), np.zeros(2), ROUNDING, size=1, scale=scale, what="proximity")
+    assert_close(
+        case.objective().lookahead_gradient(*args),
+        case.gradient,
+        ROUNDING,
+        size=1,
+        scale=meta_gradient_error(case.objective(), *args),
+        what="q",
+    )
+
+
+@given(case=meta_cases(), step=scaled_normals())
+def test_q_hat_of_one_batch_is_eq_43(case: MetaCase, step) -> None:
+    """The linear loss and the quadratic FSD at theta - P g, against eq. 43 with this one g."""
+    n = len(case.theta)
+    P = step.around(np.eye(n))
+    G = fsd_hessian(case.problem.network, case.discrepancy, case.theta, case.other.inputs)
+    M = proximity_matrix(G, *case.weights)
+    g = case.gradient
+    u = preconditioned(case.theta, g, P)
+    objective = case.objective().approximation()
+    terms = objective.terms(case.theta, u, case.batch, case.other.inputs)
+    cost = case.problem.value(case.theta, *case.batch)
+    # theta - P g - theta is known to eps |theta|.
+    d = np.abs(P) @ np.abs(g) + np.abs(case.theta) + np.abs(u)
+    scale = float(np.abs(g) @ d + d @ np.abs(M) @ d + abs(cost))
+    assert_close(
+        np.float64(terms.total - cost),
+        np.float64(approximate_meta_objective(P, g[None], M)),
+        ROUNDING,
+        size=3 * n,
+        scale=scale,
+        what="Q-hat",
+    )
+
+
+@given(case=meta_cases(), step=scaled_normals())
+def test_eq_43_is_a_mean_over_batches(case: MetaCase, step) -> None:
+    gradients = case.problem.example_gradients(case.theta, *case.batch)
+    n = len(case.theta)
+    P = step.around(np.eye(n))
+    G = fsd_hessian(case.problem.network, case.discrepancy, case.theta, case.other.inputs)
+    fsd, wsd = case.weights
+    printed = np.mean(
+        [-g @ P @ g + fsd / 2 * g @ P.T @ G @ P @ g + wsd / 2 * g @ P.T @ P @ g for g in gradients]
+    )
+    a, M = np.abs(gradients), fsd * np.abs(G) + wsd * np.eye(n)
+    steps = a @ np.abs(P).T
+    scale = float(np.sum(a * steps) + np.einsum("mi,ij,mj->", steps, M, steps))
+    assert_close(
+        np.float64(approximate_meta_objective(P, gradients, proximity_matrix(G, fsd, wsd))),
+        np.float64(printed),
+        ROUNDING,
+        size=4 * n + len(gradients),
+        scale=scale,
+        what="Q-hat",
+    )
+
+
+@given(case=meta_cases(), weight=st.floats(0.0, 100.0))
+def test_the_loss_batch_and_the_fsd_batch_stay_apart(case: MetaCase, weight: float) -> None:
+    """The FSD addend does not see B, the loss addend does not see B'."""
+    objective = MetaObjective(case.problem, case.discrepancy, weight, 0.0)
+    u = case.theta + 0.5
+    both = objective.terms(case.theta, u, case.batch, case.other.inputs)
+    swapped = objective.terms(case.theta, u, case.other, case.other.inputs)
+    changed = objective.terms(case.theta, u, case.batch, case.batch.inputs)
+    assert_close(np.float64(swapped.fsd), np.float64(both.fsd), BITWISE, what="FSD")
+    assert_close(np.float64(changed.loss), np.float64(both.loss), BITWISE, what="loss")
+
+
+def test_meta_objectives_check_their_options() -> None:
+    problem = Problem(MLP([2, 2]), SquaredError())
+    with pytest.raises(ValueError, match=r"`fsd_weight` must be non-negative and finite, got -1.0"):
+        MetaObjective(problem, CategoricalKL(), -1.0, 0.0)
+    with pytest.raises(ValueError, match=r"`wsd_weight` must be non-negative and finite, got nan"):
+        MetaObjective(problem, CategoricalKL(), 1.0, float("nan"))
+    with pytest.raises(ValueError, match=r"`loss` must be one of .* got 'cubic'; choose one"):
+        MetaObjective(problem, CategoricalKL(), 1.0, 1.0, loss="cubic")
+    with pytest.raises(ValueError, match=r"`G` must have shape \(n, n\), got \(2, 3\)"):
+        proximity_matrix(np.ones((2, 3)), 1.0, 1.0)
