@@ -1,0 +1,191 @@
+"""Optimizers as data: a recipe names the hyperparameters, and builds the optimizer for a model.
+
+A grid is a list of recipes; a record holds `options()`, from which `recipe` brings it back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import nn
+
+import apo_core as apo
+from experiments import baselines
+from experiments.problems import Problem
+
+JSON = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Recipe(ABC):
+    """An optimizer with its hyperparameters. Each subclass is a frozen dataclass of numbers."""
+
+    kinds: ClassVar[dict[str, type[Recipe]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        Recipe.kinds[cls.__name__] = cls
+
+    @abstractmethod
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """The optimizer, over all parameters of `model`."""
+
+    def options(self) -> dict[str, JSON]:
+        """Its name as "optimizer", and the hyperparameters: plain JSON."""
+        return {"optimizer": type(self).__name__, **asdict(self)}
+
+    def slug(self) -> str:
+        """Its name and every hyperparameter that is not the default, for file names and tables."""
+        chosen = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return "-".join([type(self).__name__, *chosen])
+
+
+def recipe(options: Mapping[str, Any]) -> Recipe:
+    """The recipe that `options()` came from; entries that are not its own are left out."""
+    kind = Recipe.kinds[options["optimizer"]]
+    return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
+
+
+@final
+@dataclass(frozen=True)
+class SGD(Recipe):
+    """θ ← θ − η v, v ← μv + g."""
+
+    lr: float
+    momentum: float = 0.0
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """torch.optim.SGD."""
+        return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+
+
+@final
+@dataclass(frozen=True)
+class Adam(Recipe):
+    """Adam with the usual β = (0.9, 0.999) and ε = 1e-8."""
+
+    lr: float
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """torch.optim.Adam."""
+        return torch.optim.Adam(model.parameters(), lr=self.lr)
+
+
+@final
+@dataclass(frozen=True)
+class KFAC(Recipe):
+    """`baselines.KFAC`, rebuilt every `interval` steps."""
+
+    lr: float
+    damping: float
+    momentum: float = 0.9
+    interval: int = 10
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """Curvlinops' factors from the problem's curvature stream."""
+        return baselines.KFAC(
+            model,
+            partial(problem.batch, "curvature"),
+            problem.loss_name,
+            lr=self.lr,
+            damping=self.damping,
+            momentum=self.momentum,
+            interval=self.interval,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class Shampoo(Recipe):
+    """`baselines.shampoo`, inverse roots taken every `interval` steps."""
+
+    lr: float
+    interval: int = 1
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """pytorch_optimizer.Shampoo."""
+        return baselines.shampoo(model, lr=self.lr, interval=self.interval)
+
+
+@final
+@dataclass(frozen=True)
+class APOLearningRate(Recipe):
+    """SGD whose learning rate APO tunes: φ = log η, RMSprop with 0.1 every 10 steps.
+
+    The discrepancy is the KL divergence where the loss is the cross-entropy, and ½‖z − z₀‖² where
+    it is the squared error.
+
+    Source: P22 section 6.1.
+    """
+
+    lr: float
+    momentum: float = 0.0
+    fsd_weight: float = 0.0
+    wsd_weight: float = 0.0
+    meta_lr: float = 0.1
+    interval: int = 10
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """APO over `rules.SGD`."""
+        rule = apo.rules.SGD(model, lr=self.lr, momentum=self.momentum)
+        return apo.APO(
+            model,
+            rule,
+            objective=_objective(problem, self.fsd_weight, self.wsd_weight),
+            meta_optimizer=torch.optim.RMSprop(rule.parameters(), lr=self.meta_lr),
+            interval=self.interval,
+        )
+
+
+@final
+@dataclass(frozen=True)
+class APOPrecond(Recipe):
+    """A preconditioner that APO learns: φ = A, B, S of every layer (or all of P), Adam.
+
+    P starts at `initial_lr` · I, where P22 starts at I. For the first `warmup_steps` steps SGD with
+    `warmup_lr` and momentum 0.9 moves θ while φ learns.
+
+    Source: P22 section 6.1.
+    """
+
+    initial_lr: float
+    meta_lr: float
+    fsd_weight: float = 0.0
+    wsd_weight: float = 0.0
+    warmup_steps: int = 0
+    warmup_lr: float = 0.1
+    update_scale: float = 0.9
+    interval: int = 10
+    structure: Literal["EKFAC", "Diagonal", "Dense"] = "EKFAC"
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """APO over `rules.Preconditioned`."""
+        structure = {"EKFAC": apo.EKFAC, "Diagonal": apo.Diagonal, "Dense": apo.Dense}
+        rule = apo.rules.Preconditioned(
+            model, structure=structure[self.structure], initial_scale=self.initial_lr**0.5
+        )
+        base = torch.optim.SGD(model.parameters(), lr=self.warmup_lr, momentum=0.9)
+        return apo.APO(
+            model,
+            rule,
+            objective=_objective(problem, self.fsd_weight, self.wsd_weight),
+            meta_optimizer=torch.optim.Adam(rule.parameters(), lr=self.meta_lr),
+            interval=self.interval,
+            update_scale=self.update_scale,
+            warmup=apo.Warmup(base, self.warmup_steps) if self.warmup_steps else None,
+        )
+
+
+def _objective(problem: Problem, fsd_weight: float, wsd_weight: float) -> apo.ProximalObjective:
+    discrepancy = "kl" if problem.loss_name == "cross_entropy" else "squared_error"
+    return apo.ProximalObjective(
+        discrepancy=discrepancy, fsd_weight=fsd_weight, wsd_weight=wsd_weight
+    )

@@ -1,0 +1,143 @@
+"""The one training loop: any model, any problem, a `torch.optim` optimizer or an APO.
+
+symbol   here       meaning
+B        `batch`    the mini-batch of the gradient and of Q's loss term
+B'       `other`    the mini-batch of Q's function space discrepancy
+g        `.grad`    ∇J_B(θ)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+
+import apo_core as apo
+from experiments.problems import Problem
+from experiments.records import Outcome
+
+Progress = Callable[[int, int, str], None]
+
+TERMS = ("q_loss", "q_fsd", "q_wsd", "meta_gradient")
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    problem: Problem,
+    *,
+    steps: int,
+    record_every: int,
+    progress: Progress = lambda done, total, text: None,
+) -> Outcome:
+    """Take `steps` steps and record every `record_every` of them, and the last.
+
+    A run has diverged when a mini-batch's loss or gradient, or an evaluation, is not finite, or
+    when the optimizer cannot factorize its matrices. It stops there; its metrics are infinite.
+
+    Args:
+        model: trained in place.
+        optimizer: a `torch.optim` optimizer over the model's parameters, or an APO.
+        problem: gives mini-batches, their loss and the evaluation.
+        steps: how many to take, at least 1.
+        record_every: steps from one point of the curves to the next.
+        progress: called with (done, total, text) at every point of record.
+
+    Returns:
+        curves: "step", from 0; what `problem.evaluate` returns, from before the first step to after
+            the last; "step_ratio" = ‖Δθ‖/‖g‖, the effective learning rate of the last step;
+            "learning_rate" where the optimizer has one; and of an APO the last meta-step's
+            "q_loss", "q_fsd", "q_wsd" (the addends of Q, weights included) and "meta_gradient"
+            (its norm). NaN stands where there is no value yet.
+        metrics: what `evaluate` returned last, infinite if the run diverged; "steps" taken,
+            "skipped_meta_steps" of an APO, and the seconds of training, meta-steps and evaluation.
+    """
+    metrics: dict[str, float] = {}
+    curves: dict[str, list[float]] = {}
+    params = [p for p in model.parameters() if p.requires_grad]
+    amortized = optimizer if isinstance(optimizer, apo.APO) else None
+    seconds = {"training": 0.0, "meta": 0.0, "evaluation": 0.0}
+    terms: dict[str, float] = dict.fromkeys(TERMS, math.nan) if amortized else {}
+
+    def evaluate(step: int, step_ratio: float) -> bool:
+        began = perf_counter()
+        values = problem.evaluate(model)
+        metrics.update(values, steps=float(step))
+        row = {"step": float(step), "step_ratio": step_ratio, **values, **terms}
+        rate = learning_rate(optimizer)
+        if rate is not None:
+            row["learning_rate"] = rate
+        for name, value in row.items():
+            curves.setdefault(name, []).append(value)
+        seconds["evaluation"] += perf_counter() - began
+        progress(step, steps, f"loss {values['loss']:.3g}")
+        return all(map(math.isfinite, values.values()))
+
+    finite = evaluate(0, math.nan)
+    for step in range(1, steps + 1):
+        began = perf_counter()
+        batch = problem.batch("loss")
+        optimizer.zero_grad()
+        loss = problem.loss(model, batch)
+        loss.backward()
+        gradient_norm = _norm([p.grad for p in params if p.grad is not None])
+        finite = math.isfinite(loss.item()) and math.isfinite(gradient_norm)
+        if not finite:
+            metrics["steps"] = float(step - 1)
+            break
+        if amortized is not None and amortized.meta_due:
+            began_meta = perf_counter()
+            other = problem.batch("discrepancy")
+            q = amortized.meta_step(
+                loss=partial(problem.loss, model, batch),
+                outputs=partial(problem.outputs, model, other),
+            )
+            terms = _terms(amortized, q)
+            seconds["meta"] += perf_counter() - began_meta
+        due = step % record_every == 0 or step == steps
+        before = [p.detach().clone() for p in params] if due else []
+        try:
+            optimizer.step()
+        except torch.linalg.LinAlgError:
+            finite = False
+            metrics["steps"] = float(step - 1)
+            break
+        seconds["training"] += perf_counter() - began
+        if due:
+            moved = _norm([p.detach() - b for p, b in zip(params, before, strict=True)])
+            finite = evaluate(step, moved / gradient_norm if gradient_norm else 0.0)
+            if not finite:
+                break
+
+    if not finite:
+        metrics.update(dict.fromkeys(problem.evaluate(model), math.inf))
+    if amortized is not None:
+        metrics["skipped_meta_steps"] = float(amortized.skipped_meta_steps)
+    seconds["training"] -= seconds["meta"]
+    metrics.update({f"{name}_seconds": value for name, value in seconds.items()})
+    return Outcome(metrics, curves)
+
+
+def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
+    """η where the optimizer has one: the group's of `torch.optim`, exp(φ) of APO's SGD rule."""
+    if not isinstance(optimizer, apo.APO):
+        return float(optimizer.param_groups[0]["lr"])
+    if isinstance(optimizer.rule, apo.rules.SGD):
+        return float(optimizer.rule.lr.mean())
+    return None
+
+
+def _terms(amortized: apo.APO, q: apo.ProximalTerms) -> dict[str, float]:
+    """The last meta-step as values for the curves."""
+    gradients = [p.grad for p in amortized.rule.parameters() if p.grad is not None]
+    values = (q.loss.item(), q.fsd.item(), q.wsd.item(), _norm(gradients))
+    return dict(zip(TERMS, values, strict=True))
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    """The Euclidean norm of all entries."""
+    return torch.stack(torch._foreach_norm(tensors)).norm().item()

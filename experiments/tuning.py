@@ -1,0 +1,110 @@
+"""Grid search as data: every method's grid, what was chosen, whether the choice lies at an edge.
+
+The protocol of every experiment that searches: each recipe of a method's grid runs with the tuning
+seeds; the one with the lowest mean final training loss (a diverged run counts as infinite) runs
+again with the reporting seeds 0, 1, ..., and those runs alone are reported. No test set has a say.
+
+Source: P22 appendix B.2 (the choice by final training loss, then repeated runs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from experiments.recipes import Recipe
+from experiments.records import Record, Trial
+
+FIRST_TUNING_SEED = 1000
+"""Tuning seeds count from here, reporting seeds from 0."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the legend calls a method, and the recipes that are tried for it."""
+
+    label: str
+    grid: tuple[Recipe, ...]
+
+
+def trial(label: str, recipe: Recipe, seed: int, task: Mapping[str, Any]) -> Trial:
+    """One run of a recipe; `task` are the options that every method shares.
+
+    Texts of `task` also stand in the name, so that two data sets do not collide.
+    """
+    where = [value for value in task.values() if isinstance(value, str)]
+    name = "-".join([*where, recipe.slug(), f"seed{seed}"])
+    return Trial(name=name, options={**recipe.options(), **task}, seed=seed, label=label)
+
+
+def runs_of(recipe: Recipe, records: Sequence[Record], *, tuning: bool = False) -> list[Record]:
+    """The records of a recipe with the reporting (or the tuning) seeds, by seed."""
+    options = recipe.options()
+    found = [
+        record
+        for record in records
+        if (record.seed >= FIRST_TUNING_SEED) == tuning
+        and all(record.options.get(name) == value for name, value in options.items())
+    ]
+    return sorted(found, key=lambda record: record.seed)
+
+
+def mean_loss(runs: Sequence[Record], metric: str = "loss") -> float:
+    """The mean of a final metric; infinite if a run diverged, failed, or if there is none."""
+    return sum(run.metric(metric) for run in runs) / len(runs) if runs else math.inf
+
+
+def chosen(method: Method, records: Sequence[Record], *, tuning: bool = True) -> Recipe:
+    """The recipe of the grid with the lowest mean training loss over the tuning seeds.
+
+    With `tuning` False, over the reporting seeds: for a method whose whole grid is reported.
+    """
+    return min(method.grid, key=lambda recipe: mean_loss(runs_of(recipe, records, tuning=tuning)))
+
+
+def plan_grids(
+    methods: Sequence[Method], task: Mapping[str, Any], seeds: Iterable[int]
+) -> list[Trial]:
+    """Every recipe of every grid with every seed."""
+    return [
+        trial(method.label, recipe, seed, task)
+        for seed in seeds
+        for method in methods
+        for recipe in method.grid
+    ]
+
+
+def plan_search(
+    methods: Sequence[Method],
+    task: Mapping[str, Any],
+    *,
+    tuning_seeds: int,
+    seeds: int,
+    records: Sequence[Record],
+) -> list[Trial]:
+    """First every grid with the tuning seeds; once it has run, the chosen with the others."""
+    tuning = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + tuning_seeds)
+    trials = plan_grids(methods, task, tuning)
+    done = {record.trial.name for record in records}
+    if all(one.name in done for one in trials):
+        trials += [
+            trial(method.label, chosen(method, records), seed, task)
+            for method in methods
+            for seed in range(seeds)
+        ]
+    return trials
+
+
+def at_edge(method: Method, choice: Recipe) -> list[str]:
+    """Names of the hyperparameters whose chosen value is the least or greatest of the grid's.
+
+    One with fewer than three values in the grid has no interior and is left out.
+    """
+    names = []
+    for field in fields(choice):
+        tried = {getattr(recipe, field.name) for recipe in method.grid}
+        if len(tried) >= 3 and getattr(choice, field.name) in (min(tried), max(tried)):
+            names.append(field.name)
+    return names
