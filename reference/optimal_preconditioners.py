@@ -59,6 +59,8 @@ def linear_in_phi(basis: Any, gradients: Any, M: Any) -> LinearOptimum:
     cutoff = len(b) * np.finfo(float).eps * max(eigenvalues[-1], 0.0)
     seen = eigenvalues > cutoff
     c = vectors.T @ b
+    # b lies in H's range wherever a minimum exists; 1e-6 is far above what rounding leaves of it in
+    # the null space, and far below any share that a step without curvature would have.
     if np.linalg.norm(c[~seen]) > 1e-6 * np.linalg.norm(b):
         raise ValueError(
             "`M` must see every step of the structure, got a direction without curvature along "

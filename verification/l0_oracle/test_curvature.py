@@ -156,7 +156,7 @@ def test_empirical_fisher_is_the_second_moment_of_the_example_gradients(case) ->
 @pytest.mark.parametrize("name", list(LOSSES))
 @given(st.data())
 def test_g_of_the_loss_bregman_divergence_is_the_ggn(name: str, data: st.DataObject) -> None:
-    """E[J^T (d^2 L/dz^2) J], the loss's Hessian by complex steps of its gradient, at any targets."""
+    """E[J^T (d^2 L/dz^2) J], with the loss's Hessian by complex steps of its gradient."""
     case = data.draw(meta_cases(), label="case")
     network, X, loss = case.problem.network, case.other.inputs, LOSSES[name]
     passes = pass_errors(network, case.theta, X)
