@@ -9,15 +9,20 @@ al. (2018).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, final
 
 import torch
-from curvlinops import FisherType, KFACInverseLinearOperator, KFACLinearOperator
 from pytorch_optimizer import Shampoo
 from torch import Tensor, nn
 
 from experiments.problems import Batch, LossName
+
+with warnings.catch_warnings():
+    # linear_operator, which curvlinops imports, compiles with the deprecated torch.jit.script
+    warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
+    from curvlinops import FisherType, KFACInverseLinearOperator, KFACLinearOperator
 
 
 @final

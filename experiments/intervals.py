@@ -27,7 +27,8 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
+        mean, low, high = (round(value, 12) + 0.0 for value in (self.mean, self.low, self.high))
+        return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def difference_interval(

@@ -1,7 +1,8 @@
-"""Curves of several seeds as one line: the mean, with the range from the least to the greatest."""
+"""Curves of several seeds as one line: the median, with the range over the seeds."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,8 +22,8 @@ def draw_runs(
 ) -> None:
     """One line for the runs of a method, over steps (or epochs, of `steps_per_unit` steps).
 
-    Runs that stopped early end the line where the first of them stops, and the legend counts them.
-    Nothing is drawn where there is no run.
+    A run that diverged counts as infinite from there on: the line ends where the median run does,
+    and the legend counts them. Nothing is drawn where there is no run.
 
     Args:
         axes: where.
@@ -30,19 +31,34 @@ def draw_runs(
         curve: which curve.
         label: for the legend.
         steps_per_unit: steps to one unit of the x axis.
-        band: shade the range over the runs.
+        band: shade the range over the runs that are left.
     """
-    curves = [run.curve(curve) for run in runs]
-    if not curves:
+    if not runs:
         return
-    length = min(len(values) for values in curves)
-    stopped = sum(run.status != "finished" for run in runs)
-    if stopped:
-        label += f" ({stopped} of {len(runs)} diverged)"
-    x = np.array(runs[0].curve("step")[:length]) / steps_per_unit
-    values = np.array([one[:length] for one in curves])  # (runs, points)
-    (line,) = axes.plot(x, values.mean(axis=0), label=label)
+    diverged = sum(run.status != "finished" for run in runs)
+    if diverged:
+        label += f" ({diverged} of {len(runs)} diverged)"
+    x = np.array(max((run.curve("step") for run in runs), key=len)) / steps_per_unit
+    values = np.full((len(runs), len(x)), math.inf)  # (runs, points)
+    for row, run in zip(values, runs, strict=True):
+        one = run.curve(curve)
+        row[: len(one)] = one
+    middle = np.median(values, axis=0)
+    (line,) = axes.plot(x, np.where(np.isfinite(middle), middle, math.nan), label=label)
     if band and len(runs) > 1:
+        left = np.ma.masked_invalid(values)
         axes.fill_between(
-            x, values.min(axis=0), values.max(axis=0), color=line.get_color(), alpha=0.15, lw=0
+            x, left.min(axis=0), left.max(axis=0), color=line.get_color(), alpha=0.15, lw=0
+        )
+
+
+def legend_below(axes: Axes, columns: int = 1) -> None:
+    """The legend under the axes, where it hides no curve."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.14),
+            ncols=columns,
+            fontsize=7,
+            frameon=False,
         )

@@ -34,6 +34,10 @@ class Recipe(ABC):
     def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
         """The optimizer, over all parameters of `model`."""
 
+    @abstractmethod
+    def text(self) -> str:
+        """Its hyperparameters for people, in the papers' letters, such as "η = 0.1"."""
+
     def options(self) -> dict[str, JSON]:
         """Its name as "optimizer", and the hyperparameters: plain JSON."""
         return {"optimizer": type(self).__name__, **asdict(self)}
@@ -66,6 +70,10 @@ class SGD(Recipe):
         """torch.optim.SGD."""
         return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
 
+    def text(self) -> str:
+        """η."""
+        return f"η = {self.lr:.4g}"
+
 
 @final
 @dataclass(frozen=True)
@@ -77,6 +85,10 @@ class Adam(Recipe):
     def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
         """torch.optim.Adam."""
         return torch.optim.Adam(model.parameters(), lr=self.lr)
+
+    def text(self) -> str:
+        """η."""
+        return f"η = {self.lr:.4g}"
 
 
 @final
@@ -101,6 +113,10 @@ class KFAC(Recipe):
             interval=self.interval,
         )
 
+    def text(self) -> str:
+        """η and the damping."""
+        return f"η = {self.lr:.4g}, damping = {self.damping:.4g}"
+
 
 @final
 @dataclass(frozen=True)
@@ -113,6 +129,10 @@ class Shampoo(Recipe):
     def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
         """pytorch_optimizer.Shampoo."""
         return baselines.shampoo(model, lr=self.lr, interval=self.interval)
+
+    def text(self) -> str:
+        """η."""
+        return f"η = {self.lr:.4g}"
 
 
 @final
@@ -143,6 +163,10 @@ class APOLearningRate(Recipe):
             meta_optimizer=torch.optim.RMSprop(rule.parameters(), lr=self.meta_lr),
             interval=self.interval,
         )
+
+    def text(self) -> str:
+        """The initial η and the weights λ."""
+        return f"η₀ = {self.lr:.4g}{_weights(self.fsd_weight, self.wsd_weight)}"
 
 
 @final
@@ -182,6 +206,17 @@ class APOPrecond(Recipe):
             update_scale=self.update_scale,
             warmup=apo.Warmup(base, self.warmup_steps) if self.warmup_steps else None,
         )
+
+    def text(self) -> str:
+        """The initial P, the meta-optimizer's α and the weights λ."""
+        weights = _weights(self.fsd_weight, self.wsd_weight)
+        return f"P₀ = {self.initial_lr:.4g} I, α = {self.meta_lr:.4g}{weights}"
+
+
+def _weights(fsd_weight: float, wsd_weight: float) -> str:
+    """Those that are not 0, after a comma."""
+    fsd = f", λ_FSD = {fsd_weight:.4g}" if fsd_weight else ""
+    return fsd + (f", λ_WSD = {wsd_weight:.4g}" if wsd_weight else "")
 
 
 def _objective(problem: Problem, fsd_weight: float, wsd_weight: float) -> apo.ProximalObjective:

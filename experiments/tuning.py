@@ -56,6 +56,16 @@ def mean_loss(runs: Sequence[Record], metric: str = "loss") -> float:
     return sum(run.metric(metric) for run in runs) / len(runs) if runs else math.inf
 
 
+def tried(method: Method, records: Sequence[Record]) -> Method:
+    """The part of the method's grid that has records; another preset may have another part."""
+    grid = tuple(
+        recipe
+        for recipe in method.grid
+        if runs_of(recipe, records) or runs_of(recipe, records, tuning=True)
+    )
+    return Method(method.label, grid)
+
+
 def chosen(method: Method, records: Sequence[Record], *, tuning: bool = True) -> Recipe:
     """The recipe of the grid with the lowest mean training loss over the tuning seeds.
 
@@ -97,14 +107,14 @@ def plan_search(
     return trials
 
 
-def at_edge(method: Method, choice: Recipe) -> list[str]:
-    """Names of the hyperparameters whose chosen value is the least or greatest of the grid's.
+def at_edge(method: Method, choice: Recipe) -> str:
+    """ "lr and damping at the grid's edge": whose chosen value is the grid's least or greatest.
 
-    One with fewer than three values in the grid has no interior and is left out.
+    Empty if there is none. A hyperparameter with fewer than three values has no interior.
     """
     names = []
     for field in fields(choice):
         tried = {getattr(recipe, field.name) for recipe in method.grid}
         if len(tried) >= 3 and getattr(choice, field.name) in (min(tried), max(tried)):
             names.append(field.name)
-    return names
+    return " and ".join(names) + " at the grid's edge" if names else ""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import final
 
 import numpy as np
@@ -23,19 +24,21 @@ from torch import Tensor, nn
 
 from experiments import recipes
 from experiments.models import Rosenbrock
-from experiments.plots import draw_runs
+from experiments.plots import draw_runs, legend_below
 from experiments.problems import Batch, Problem, Stream
 from experiments.recipes import SGD, APOLearningRate, APOPrecond, Recipe
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.training import train
-from experiments.tuning import Method, at_edge, chosen, mean_loss, plan_grids, runs_of
+from experiments.tuning import Method, at_edge, chosen, mean_loss, plan_grids, runs_of, tried
 
 START = (1.0, -1.5)
 SEED = 0  # nothing is random
 FINE_POINTS = 15
 
-COARSE = Method("SGD", tuple(SGD(lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1)))
+COARSE = Method(
+    "SGD", tuple(SGD(lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1))
+)
 INITIAL_RATES = (1e-6, 1e-5, 1e-4, 1e-3)
 APO_RATE = {
     interval: Method(
@@ -57,7 +60,7 @@ APO_MATRIX = {
                 structure="Dense",
             )
             for meta_lr in (1e-4, 3e-4, 1e-3)
-            for initial_lr in (3e-4, 1e-3, 3e-3)
+            for initial_lr in (3e-4, 1e-3, 3e-3, 1e-2)
         ),
     )
     for interval in (10, 1)
@@ -122,11 +125,13 @@ class RosenbrockFigure(Experiment):
     title = "Rosenbrock: best fixed learning rate, APO learning rate, APO preconditioner"
     source = "P22 Figure 7, appendix C.1"
     claims = ("p22-fig7",)
-    scales = {
-        "smoke": "1,000 steps, thinned grids",
-        "default": "10,000 steps from (1, −1.5), float64; 9 + 15 fixed rates, 26 recipes of APO",
-        "paper": "20,000 steps (the paper does not say how many)",
-    }
+    scales = MappingProxyType(
+        {
+            "smoke": "1,000 steps, thinned grids",
+            "default": "10,000 steps, float64; 9 + 15 fixed rates, 32 recipes of APO",
+            "paper": "20,000 steps (the paper does not say how many)",
+        }
+    )
 
     def plan(self, preset: Preset, seeds: int | None, records: Sequence[Record]) -> list[Trial]:
         """The coarse grid and APO's; then the fine grid. `seeds` is idle: nothing is random."""
@@ -156,42 +161,42 @@ class RosenbrockFigure(Experiment):
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:
-        """Final f of the best fixed rate and of each adaptive method's best and other recipes."""
+        """Final f of the best fixed rate and of each adaptive method's best recipe."""
         fixed = _fixed(records)
         best = chosen(fixed, records, tuning=False)
         rows = [_row("SGD, best fixed rate", fixed, best, records)]
         for method in ADAPTED:
-            tried = _tried(method, records)
-            if tried.grid:
-                best = chosen(tried, records, tuning=False)
-                rows.append(_row(method.label, tried, best, records))
+            grid = tried(method, records)
+            if grid.grid:
+                best = chosen(grid, records, tuning=False)
+                rows.append(_row(method.label, grid, best, records))
         return rows
 
     def draw(self, records: Sequence[Record], figure: Figure) -> None:
         """f over steps, and the effective learning rate ‖Δθ‖/‖g‖."""
-        figure.set_size_inches(10, 4.5)
+        figure.set_size_inches(10, 5)
         left, right = figure.subplots(1, 2)
-        for method in (_fixed(records), *(_tried(one, records) for one in ADAPTED)):
+        for method in (_fixed(records), *(tried(one, records) for one in ADAPTED)):
             if method.grid:
                 best = chosen(method, records, tuning=False)
-                runs, label = runs_of(best, records), f"{method.label}: {_hyperparameters(best)}"
+                runs, label = runs_of(best, records), f"{method.label}: {best.text()}"
                 draw_runs(left, runs, "loss", label)
                 draw_runs(right, runs, "step_ratio", method.label)
         left.set(xlabel="step", ylabel="f(x, y)", yscale="log")
         right.set(xlabel="step", ylabel="effective learning rate ‖Δθ‖/‖g‖", yscale="log")
-        left.legend(fontsize=7)
-        right.legend(fontsize=7)
+        legend_below(left)
+        legend_below(right)
 
     def verdict(self, records: Sequence[Record]) -> str:
         """Whether each adaptive method ends below the best fixed rate."""
         fixed = _fixed(records)
         best = chosen(fixed, records, tuning=False)
         reference = mean_loss(runs_of(best, records))
-        interior = "inside the grid" if not at_edge(fixed, best) else "at the grid's edge"
+        interior = at_edge(fixed, best) or "the best inside the grid"
         parts = [f"The best of {len(fixed.grid)} fixed rates ({interior}) ends at {reference:.2g}"]
         for method in ADAPTED:
-            tried = _tried(method, records)
-            losses = [mean_loss(runs_of(one, records)) for one in tried.grid]
+            grid = tried(method, records).grid
+            losses = [mean_loss(runs_of(one, records)) for one in grid]
             if losses:
                 below = sum(loss < reference for loss in losses)
                 word = "below" if min(losses) < reference else "not below"
@@ -200,11 +205,6 @@ class RosenbrockFigure(Experiment):
                     "recipes are)"
                 )
         return "; ".join(parts) + ". One deterministic run each: no interval."
-
-
-def _tried(method: Method, records: Sequence[Record]) -> Method:
-    """The part of the grid that has run."""
-    return Method(method.label, tuple(one for one in method.grid if runs_of(one, records)))
 
 
 def _fixed(records: Sequence[Record]) -> Method:
@@ -216,22 +216,10 @@ def _fixed(records: Sequence[Record]) -> Method:
 def _row(label: str, method: Method, best: Recipe, records: Sequence[Record]) -> Row:
     losses = [mean_loss(runs_of(one, records)) for one in method.grid]
     diverged = sum(math.isinf(loss) for loss in losses)
-    notes = [f"best of {len(losses)} recipes: {_hyperparameters(best)}"]
+    notes = [f"best of {len(losses)} recipes: {best.text()}"]
     notes += [f"{diverged} diverged"] * (diverged > 0)
-    notes += [f"{name} at the grid's edge" for name in at_edge(method, best)]
+    notes += [at_edge(method, best)] * bool(at_edge(method, best))
     return Row(label, f"{min(losses):.2g}", "figure only", 1, "; ".join(notes))
-
-
-def _hyperparameters(one: Recipe) -> str:
-    match one:
-        case SGD():
-            return f"η = {one.lr:.4g}"
-        case APOLearningRate():
-            return f"η₀ = {one.lr:g}"
-        case APOPrecond():
-            return f"P₀ = {one.initial_lr:g} I, α = {one.meta_lr:g}"
-        case _:
-            return one.slug()
 
 
 register(RosenbrockFigure())
