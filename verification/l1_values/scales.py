@@ -1,0 +1,123 @@
+"""First-order bounds, in units of the unit roundoff, of what rounding does to Q, its terms and q.
+
+| symbol | meaning                                                                  | shape |
+|--------|--------------------------------------------------------------------------|-------|
+| e_x    | bound on the absolute error of x, divided by u                            | as x  |
+| d      | θ' − θ                                                                   | (n,)  |
+| H_Q    | ∂q/∂θ': how an error of the lookahead reaches q                           | (n, n) |
+
+They are the `scale` of `assert_close` with size 1: what the terms, intermediate ones included,
+amount to where they cancel in the result.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from reference.arrays import Array
+from reference.meta_objective import MetaObjective
+from reference.problem import complex_step_jacobian
+from verification.l0_oracle.rounding import (
+    PassErrors,
+    divergence_gradient_error,
+    gradient_error,
+    loss_gradient_error,
+    pass_errors,
+)
+from verification.strategies import MetaCase
+
+
+class TermErrors(NamedTuple):
+    """Bounds for the three addends of Q."""
+
+    loss: float
+    fsd: float
+    wsd: float
+
+
+def lookahead_gradient_error(
+    case: MetaCase, objective: MetaObjective, lookahead: Array, e_lookahead: Array
+) -> float:
+    """Norm of the bound for q = ∇_θ' Q, with θ' known to `e_lookahead` (n,)."""
+    network, loss = case.problem.network, case.problem.loss
+    e_lookahead = e_lookahead + np.abs(case.theta)  # of θ + Δ, and of d taken back from it
+    d = _largest_step(case, lookahead)
+    at_loss = lookahead if objective.loss == "exact" else case.theta
+    on_batch = pass_errors(network, at_loss, case.batch.inputs)
+    dL = loss.gradient(on_batch.z, case.batch.targets)
+    total = gradient_error(on_batch, dL, loss_gradient_error(on_batch, dL))
+    there = pass_errors(network, case.theta, case.other.inputs)
+    if objective.fsd == "exact":
+        here = pass_errors(network, lookahead, case.other.inputs)
+        drho = case.discrepancy.gradient(here.z, there.z)
+        fsd = gradient_error(here, drho, divergence_gradient_error(here, there))
+    else:
+        fsd = float(np.linalg.norm(_curvature_error(case, there, d)))
+    total += objective.fsd_weight * fsd
+    total += objective.wsd_weight * float(np.linalg.norm(3.0 * d))
+    H_Q = complex_step_jacobian(
+        lambda u: objective.lookahead_gradient(case.theta, u, case.batch, case.other.inputs),
+        lookahead,
+    )
+    return total + float(np.linalg.norm(np.abs(H_Q) @ e_lookahead))
+
+
+def term_errors(
+    case: MetaCase, objective: MetaObjective, lookahead: Array, e_lookahead: Array
+) -> TermErrors:
+    """Bounds for the values of the addends."""
+    network, problem = case.problem.network, case.problem
+    e_lookahead = e_lookahead + np.abs(case.theta)
+    d = _largest_step(case, lookahead)
+    n = len(d)
+    if objective.loss == "exact":
+        on_batch = pass_errors(network, lookahead, case.batch.inputs)
+        dL = np.abs(problem.loss.gradient(on_batch.z, case.batch.targets))
+        values = problem.loss.value(on_batch.z, case.batch.targets)
+        size = 1.0 + np.abs(on_batch.z)
+        loss = np.mean(
+            np.sum(dL * (on_batch.e_z + 2 * size + dL), axis=1)
+            + (dL.shape[1] + 16) * (np.abs(values) + np.max(size, axis=1))
+        )
+        loss += np.abs(problem.gradient(lookahead, *case.batch)) @ e_lookahead
+    else:
+        loss = np.abs(case.gradient) @ ((n + 4) * d + e_lookahead)
+    there = pass_errors(network, case.theta, case.other.inputs)
+    if objective.fsd == "exact":
+        here = pass_errors(network, lookahead, case.other.inputs)
+        spread = np.max(np.abs(here.z - there.z), axis=1)
+        size = 1.0 + np.linalg.norm(here.z, axis=1) + np.linalg.norm(there.z, axis=1)
+        own = np.max(here.e_z + there.e_z, axis=1)
+        fsd = np.mean(
+            spread * (2.0 + 4.0 * spread) * here.z.shape[1] * own + (here.z.shape[1] + 16) * size**2
+        )
+        slope = np.einsum("nci,nc->i", here.J, case.discrepancy.gradient(here.z, there.z))
+        fsd += np.abs(slope) @ e_lookahead / len(here.z)
+    else:
+        fsd = d @ (_curvature_error(case, there, d) + _curvature_error(case, there, e_lookahead))
+    wsd = (n + 4) * float(d @ (d + e_lookahead))
+    return TermErrors(float(loss), objective.fsd_weight * float(fsd), objective.wsd_weight * wsd)
+
+
+def _largest_step(case: MetaCase, lookahead: Array) -> Array:
+    """|d| where θ + Δ may have swallowed a part of Δ, (n,)."""
+    return np.abs(lookahead - case.theta) + np.finfo(float).eps * np.abs(case.theta)
+
+
+def _curvature_error(case: MetaCase, passes: PassErrors, d: Array) -> Array:
+    """Bound for G d = E[Jᵀ H_ρ J] d, (n,); H_ρ has slope at most 1 in each output."""
+    H = np.abs(case.discrepancy.output_hessian(passes.z))
+    J, e_J = np.abs(passes.J), passes.e_J
+    outputs = H.shape[1]
+    e_H = 2.0 * np.max(passes.e_z, axis=1)[:, None, None] + 32.0 * np.ones_like(H)
+    change, e_change = J @ d, e_J @ d  # (N, C)
+    curved = np.einsum("ncd,nd->nc", H, change)
+    e_curved = np.einsum("ncd,nd->nc", H, e_change) + np.einsum("ncd,nd->nc", e_H, change)
+    terms = (
+        np.einsum("nci,nc->i", e_J, curved)
+        + np.einsum("nci,nc->i", J, e_curved)
+        + (len(d) + 2 * outputs + len(H) + 8) * np.einsum("nci,nc->i", J, curved)
+    )
+    return terms / len(H)

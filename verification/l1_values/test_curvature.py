@@ -1,0 +1,118 @@
+"""The G that the engine's quadratic FSD stands for: the oracle's GGN, and the exact Fisher."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+
+from reference.arrays import Array
+from reference.curvature import exact_fisher, fsd_hessian
+from reference.problem import Batch, Problem
+from verification import bridge
+from verification.l0_oracle.rounding import pass_errors
+from verification.l1_values.twins import Shift, engine, meta_backward
+from verification.profiles import share
+from verification.strategies import DISCREPANCIES, LOSSES, MetaCase, ProximityWeights, meta_cases
+from verification.tolerances import ROUNDING, assert_close
+
+# The divergence of the model's predictive distribution: G is then the Fisher.
+OWN_DIVERGENCE = [
+    ("squared_error", "squared-error"),
+    ("squared_error", "bregman-squared-error"),
+    ("cross_entropy", "kl-lookahead-current"),
+    ("cross_entropy", "kl-current-lookahead"),
+    ("cross_entropy", "bregman-cross-entropy"),
+]
+
+
+def engine_curvature(case: MetaCase) -> Array:
+    """G, (n, n): q at the lookahead θ + e_k is g + G e_k for Q̂ with λ_FSD = 1, λ_WSD = 0."""
+    network = case.problem.network
+    columns = []
+    for step in np.eye(network.size):
+
+        def rule(_: object, step: Array = step) -> Shift:
+            return Shift(bridge.to_tensors(step, network))
+
+        optimizer = engine(case, rule, "linear", "quadratic")
+        bridge.set_gradients(optimizer.model, np.zeros(network.size), network)
+        meta_backward(optimizer, case)
+        grads = [bridge.tensor(bridge.phi_gradient(p)) for p in optimizer.rule.parameters()]
+        columns.append(bridge.to_vector(grads, network))
+    return np.stack(columns, axis=1)
+
+
+def curvature_error(case: MetaCase) -> float:
+    """Rounding bound of Jᵀ H J in units of u: errors of J on both sides, of H, of the sums."""
+    passes = pass_errors(case.problem.network, case.theta, case.other.inputs)
+    H = np.abs(case.discrepancy.output_hessian(passes.z))
+    e_H = 2.0 * passes.e_z.max() + 32.0
+    J, e_J = np.abs(passes.J), passes.e_J
+    n, outputs = J.shape[2], H.shape[1]
+    terms = 2.0 * np.einsum("nci,ncd,ndj->ij", e_J + (n + outputs + len(J) + 4) * J, H, J)
+    terms += e_H * np.einsum("nci,ndj->ij", J, J)
+    return float(np.linalg.norm(terms)) / len(J)
+
+
+def fisher_error(case: MetaCase) -> float:
+    """The same for E_y[score scoreᵀ].
+
+    A class y adds p_y |p − e_y||p − e_y|ᵀ, in all at most 3 |H_ρ|. A Gaussian target z ± √C e_c
+    is rounded by |z| + √C, and so is its score, of length √C.
+    """
+    passes = pass_errors(case.problem.network, case.theta, case.other.inputs)
+    root, J = np.sqrt(passes.z.shape[1]), np.abs(passes.J)
+    e_scores = 2.0 * root * (np.abs(passes.z).max() + root)
+    rounded = float(np.linalg.norm(np.einsum("nci,ndj->ij", J, J))) / len(J)
+    return 3.0 * curvature_error(case) + float(e_scores) * rounded
+
+
+def with_unit_fsd(case: MetaCase) -> MetaCase:
+    """The same case with λ_FSD = 1, λ_WSD = 0."""
+    return replace(case, weights=ProximityWeights(1.0, 0.0))
+
+
+@given(case=meta_cases())
+@share(0.5)
+def test_the_quadratic_fsd_is_the_ggn(case: MetaCase) -> None:
+    case = with_unit_fsd(case)
+    assert_close(
+        engine_curvature(case),
+        fsd_hessian(case.problem.network, case.discrepancy, case.theta, case.other.inputs),
+        ROUNDING,
+        size=1,
+        scale=curvature_error(case),
+        what="G",
+    )
+
+
+@pytest.mark.parametrize(("loss", "rho"), OWN_DIVERGENCE)
+@given(case=meta_cases())
+@share(0.5)
+def test_with_its_own_divergence_it_is_the_exact_fisher(
+    loss: str, rho: str, case: MetaCase
+) -> None:
+    """F takes its labels from the model, never from the data: B has no part in it."""
+    problem = Problem(case.problem.network, LOSSES[loss])
+    case = replace(
+        with_unit_fsd(case),
+        problem=problem,
+        discrepancy=DISCREPANCIES[rho],
+        batch=_batch_for(loss, case),
+    )
+    assert_close(
+        engine_curvature(case),
+        exact_fisher(problem, case.theta, case.other.inputs),
+        ROUNDING,
+        size=1,
+        scale=fisher_error(case),
+        what="F",
+    )
+
+
+def _batch_for(loss: str, case: MetaCase) -> Batch:
+    """B with targets of the loss's kind; the values do not matter here."""
+    count, outputs = len(case.batch.inputs), case.problem.network.output_size
+    targets = np.zeros((count, outputs)) if loss == "squared_error" else np.zeros(count, dtype=int)
+    return case.batch._replace(targets=targets)
