@@ -111,7 +111,6 @@ class Digits(Experiment):
     name = "digits"
     title = "Handwritten digits: fixed learning rates, APO's, and APO-Precond"
     source = "ours; the question is that of P22 section 6.3 and Figure 28"
-    claims = ("p22-fig28-30",)
     datasets = ("digits",)
     scales = MappingProxyType(
         {
@@ -177,7 +176,7 @@ class Digits(Experiment):
 
     def draw(self, records: Sequence[Record], figure: Figure) -> None:
         """Training loss of each method's best cell; the learning rates of APO-SGD."""
-        figure.set_size_inches(10, 6)
+        figure.set_size_inches(10, 6.5)
         left, right = figure.subplots(1, 2)
         weight = _fsd_weight(chosen(APO_SGD, records, tuning=False))
         for one in APO_SGD.grid:
@@ -204,8 +203,8 @@ class Digits(Experiment):
         right.axhline(fixed.lr, color="black", lw=1, label=f"best fixed rate of SGD, {fixed.lr:g}")
         left.set(xlabel="epoch", ylabel="training loss", yscale="log")
         right.set(xlabel="epoch", ylabel="learning rate η", yscale="log")
-        legend_below(left, columns=2)
-        legend_below(right, columns=2)
+        legend_below(left)
+        legend_below(right)
 
     def verdict(self, records: Sequence[Record]) -> str:
         """APO beside the best fixed rate, and how much the initial rate matters."""

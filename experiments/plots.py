@@ -52,13 +52,7 @@ def draw_runs(
         )
 
 
-def legend_below(axes: Axes, columns: int = 1) -> None:
+def legend_below(axes: Axes) -> None:
     """The legend under the axes, where it hides no curve."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.14),
-            ncols=columns,
-            fontsize=7,
-            frameon=False,
-        )
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=7, frameon=False)

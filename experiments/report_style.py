@@ -61,5 +61,5 @@ def png(figure: Figure) -> bytes:
                 # Each line starts its markers elsewhere, so that they do not lie on one another.
                 line.set_markevery((i * step // MARKS % step, step))
     file = BytesIO()
-    figure.savefig(file, format="png", metadata={"Software": None})
+    figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
     return file.getvalue()

@@ -9,6 +9,7 @@ g        `.grad`    ∇J_B(θ)
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import apo_core as apo
-from experiments.problems import Problem
+from experiments.problems import Batch, Problem
 from experiments.records import Outcome
 
 Progress = Callable[[int, int, str], None]
@@ -91,12 +92,7 @@ def train(
             break
         if amortized is not None and amortized.meta_due:
             began_meta = perf_counter()
-            other = problem.batch("discrepancy")
-            q = amortized.meta_step(
-                loss=partial(problem.loss, model, batch),
-                outputs=partial(problem.outputs, model, other),
-            )
-            terms = _terms(amortized, q)
+            terms = _meta_step(amortized, problem, model, batch)
             seconds["meta"] += perf_counter() - began_meta
         due = step % record_every == 0 or step == steps
         before = [p.detach().clone() for p in params] if due else []
@@ -131,8 +127,18 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
     return None
 
 
-def _terms(amortized: apo.APO, q: apo.ProximalTerms) -> dict[str, float]:
-    """The last meta-step as values for the curves."""
+def _meta_step(
+    amortized: apo.APO, problem: Problem, model: nn.Module, batch: Batch
+) -> dict[str, float]:
+    """φ ← φ − α ∇Q(φ) on B and a fresh B'; the addends of Q and the norm of ∇Q for the curves."""
+    other = problem.batch("discrepancy")
+    with warnings.catch_warnings():
+        # counted in the record as "skipped_meta_steps"
+        warnings.filterwarnings("ignore", "a meta-gradient was not finite", RuntimeWarning)
+        q = amortized.meta_step(
+            loss=partial(problem.loss, model, batch),
+            outputs=partial(problem.outputs, model, other),
+        )
     gradients = [p.grad for p in amortized.rule.parameters() if p.grad is not None]
     values = (q.loss.item(), q.fsd.item(), q.wsd.item(), _norm(gradients))
     return dict(zip(TERMS, values, strict=True))

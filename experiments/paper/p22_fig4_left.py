@@ -6,7 +6,8 @@ the curves show J itself. The network trains on ½‖·‖², this project's con
 P22 gives neither the sizes nor the spectrum. The sizes are those of the problem it cites (Rahimi
 and Recht, 2017): 6 inputs, 6 hidden units, 10 outputs; A = U diag(σ) Vᵀ with random orthogonal U
 and V, σ evenly in the logarithm from 1 to 10⁻¹⁰, so that κ(A) is 10¹⁰ by construction. One A, drawn
-from a seed of its own, for all runs. float64: J falls below what float32 resolves.
+from a seed of its own, for all runs. float64: J falls below what float32 resolves. KFAC's best
+damping is the grid's least: there J reaches σ_min² = 10⁻²⁰, and nothing is left to gain.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ BATCH_SIZE = 128
 SGDM = Method("SGDm", tuple(SGD(lr, momentum=0.9) for lr in (1.0, 0.3, 0.1, 0.03, 0.01)))
 ADAM = Method("Adam", tuple(Adam(lr) for lr in (0.1, 3e-2, 1e-2, 3e-3, 1e-3)))
 SHAMPOO = Method("Shampoo", tuple(Shampoo(lr) for lr in (3.0, 1.0, 0.3, 0.1, 0.03)))
-# No momentum: with it and factors up to 10 steps old, every damping below 0.1 diverged.
+# No momentum: with 0.9 and factors up to 10 steps old, it left at a damping of 1e-3.
 KFAC_ = Method(
     "KFAC",
     tuple(
         KFAC(lr, damping, momentum=0.0)
-        for lr in (0.3, 0.1, 0.03)
-        for damping in (1e-4, 1e-5, 1e-6, 1e-7)
+        for lr in (0.1, 0.03, 0.01)
+        for damping in (1e-4, 1e-6, 1e-8, 1e-10)
     ),
 )
 APO = Method(
     "APO-Precond",
     tuple(
-        APOPrecond(initial_lr, meta_lr=meta_lr, warmup_steps=300)
-        for initial_lr in (0.3, 1.0, 3.0)
-        for meta_lr in (3e-4, 1e-3, 3e-3, 1e-2)
+        APOPrecond(initial_lr, meta_lr=meta_lr, warmup_steps=300, warmup_lr=0.3)
+        for initial_lr in (0.5, 1.0, 2.0)
+        for meta_lr in (3e-4, 1e-3, 3e-3)
     ),
 )
 METHODS = (SGDM, ADAM, SHAMPOO, KFAC_, APO)

@@ -78,7 +78,7 @@ class Scale:
 
 
 SCALES: dict[Preset, Scale] = {
-    "smoke": Scale(steps=1_000, fine_points=3, stride=4),
+    "smoke": Scale(steps=600, fine_points=3, stride=5),
     "default": Scale(steps=10_000),
     "paper": Scale(steps=20_000),
 }
@@ -127,7 +127,7 @@ class RosenbrockFigure(Experiment):
     claims = ("p22-fig7",)
     scales = MappingProxyType(
         {
-            "smoke": "1,000 steps, thinned grids",
+            "smoke": "600 steps, thinned grids",
             "default": "10,000 steps, float64; 9 + 15 fixed rates, 32 recipes of APO",
             "paper": "20,000 steps (the paper does not say how many)",
         }
