@@ -112,13 +112,13 @@ SCALES: dict[Preset, Scale] = {
     "default": Scale(
         epochs={"parkinsons": 100, "protein": 15},
         grids=Grids(
-            sgdm=(0.3, 0.1, 0.03, 0.01),
+            sgdm=(1.0, 0.3, 0.1, 0.03),
             adam=(1e-2, 3e-3, 1e-3, 3e-4),
-            shampoo=(1.0, 0.3, 0.1, 0.03),
+            shampoo=(5.0, 1.0, 0.3, 0.1),
             kfac=(0.01, 0.003, 0.001),
             dampings=(3e-2, 1e-2, 3e-3),
-            meta=(3e-3, 1e-3, 3e-4),
-            initial=(1.0, 0.3),
+            meta=(1e-2, 3e-3, 1e-3),
+            initial=(1.0, 0.5),
             warmup_steps=500,
         ),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Literal, get_args
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from experiments.recipes import (
     Shampoo,
 )
 from experiments.records import Outcome
-from experiments.seeds import generator
+from experiments.seeds import Purpose, generator
 from experiments.training import train
 from verification.tolerances import ROUNDING, assert_close
 
@@ -117,6 +118,21 @@ def test_drawing_the_other_mini_batch_does_not_change_the_first() -> None:
     apo = _run(APOLearningRate(1.0, fsd_weight=0.1, meta_lr=0.0, interval=2))
     sgd = _run(SGD(1.0))
     assert apo.curves["loss"] == sgd.curves["loss"]
+
+
+@pytest.mark.parametrize("structure", ["EKFAC", "Diagonal", "Dense"])
+def test_a_frozen_preconditioner_is_a_learning_rate(
+    structure: Literal["EKFAC", "Diagonal", "Dense"],
+) -> None:
+    # P₀ = 0.25 I: powers of 2 and products with 0 and 1 round nothing, so no bit may differ
+    apo = _run(APOPrecond(0.25, meta_lr=0.0, update_scale=1.0, structure=structure))
+    sgd = _run(SGD(0.25))
+    assert apo.curves["loss"] == sgd.curves["loss"]
+
+
+def test_each_purpose_has_a_stream_of_its_own() -> None:
+    draws = {float(torch.rand((), generator=generator(0, name))) for name in get_args(Purpose)}
+    assert len(draws) == len(get_args(Purpose))
 
 
 def test_an_epoch_shows_every_example_once() -> None:
