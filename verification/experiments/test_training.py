@@ -26,7 +26,7 @@ from experiments.recipes import (
 from experiments.records import Outcome
 from experiments.seeds import Purpose, generator
 from experiments.training import train
-from verification.tolerances import ROUNDING, assert_close
+from verification.tolerances import FUNCTION, ROUNDING, assert_close
 
 WIDTHS = (5, 7, 3)
 EXAMPLES, BATCH = 50, 16  # four mini-batches an epoch, the last of 2
@@ -111,6 +111,37 @@ def test_initial_weights_and_order_have_seeds_of_their_own() -> None:
     ends = {seeds: run.curves["loss"][-1] for seeds, run in runs.items()}
     assert starts[0, 0] == starts[0, 1] != starts[1, 0] == starts[1, 1]
     assert len(set(ends.values())) == 4
+
+
+def test_the_meta_step_takes_its_loss_on_B_and_its_discrepancy_on_another_B() -> None:
+    lr, weight = 0.5, 0.1
+    model, problem = mlp(WIDTHS, seed=0, dtype=torch.float64), _problem(0, torch.float64)
+    twin = mlp(WIDTHS, seed=0, dtype=torch.float64)
+    recipe = APOLearningRate(lr, fsd_weight=weight)
+    outcome = train(model, recipe.build(model, problem), problem, steps=1, record_every=1)
+
+    inputs, labels = _data(torch.float64)
+    first, other = (
+        torch.randperm(EXAMPLES, generator=generator(0, stream))[:BATCH]
+        for stream in ("loss", "discrepancy")
+    )
+    before = twin(inputs[other]).log_softmax(1).detach()
+    F.cross_entropy(twin(inputs[first]), labels[first]).backward()
+    with torch.no_grad():
+        for p in twin.parameters():
+            assert p.grad is not None
+            p -= lr * p.grad
+        loss = F.cross_entropy(twin(inputs[first]), labels[first])
+        after = twin(inputs[other]).log_softmax(1)
+        divergence = (after.exp() * (after - before)).sum(1).mean()
+    assert_close(outcome.curves["q_loss"][-1], loss.item(), FUNCTION, size=WIDTHS[1] + BATCH)
+    assert_close(
+        outcome.curves["q_fsd"][-1],
+        weight * divergence.item(),
+        FUNCTION,
+        size=WIDTHS[1] + BATCH,
+        scale=weight,  # a difference of log-probabilities of order 1
+    )
 
 
 def test_drawing_the_other_mini_batch_does_not_change_the_first() -> None:
