@@ -24,7 +24,7 @@ def verify(session: nox.Session) -> None:
     """
     install(session, "-e", ".[verify]")
     # Parallel workers, one thread each: the tests' matrices are small.
-    arguments = session.posargs or ["-n", "auto"]
+    arguments = session.posargs or ["-n", "auto", "--dist", "worksteal"]
     session.run("pytest", *arguments, env=ONE_THREAD)
 
 

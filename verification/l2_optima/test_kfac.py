@@ -1,6 +1,7 @@
 """Corollary 2 in the engine: where the KFAC assumptions hold, the learned A, B, S are KFAC."""
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,14 +15,25 @@ from verification.profiles import share
 from verification.strategies.fixed_heads import Divergence, KFACCase, kfac_cases
 from verification.tolerances import MINIMIZER, assert_close
 
+STARTS = 6
+
 
 def learned(
     case: KFACCase, gradients: np.ndarray, fsd_weight: float, wsd_weight: float
 ) -> np.ndarray:
-    """P_S over all layers after the meta-optimization from A = B = I, S = 1."""
-    problem = case.problem()
-    module = bridge.twin(problem.network, case.theta())
-    rule = apo.rules.Preconditioned(module, apo.EKFAC)
+    """P_S over all layers after the meta-optimization from A = B = I, S = 1.
+
+    Q̂ is not convex in A, B and S (an entry of S at 0 stays there), and an early step of L-BFGS can
+    land beside a saddle point. Where it ends above Q̂* = −½ tr(C P*), by 1e-9 of it (saddles lie
+    higher by 1e-3 and more), it starts again from the identity with noise of a tenth.
+    """
+    problem, n = case.problem(), len(gradients)
+    P_star = ekfac_preconditioner(
+        problem.network.layers,
+        [ekfac(factors, fsd_weight, wsd_weight) for factors in case.kfac()],
+        [None] * len(case.factors),
+    )
+    optimum = -0.5 * float(np.trace(gradients.T @ gradients / n @ P_star))
     objective = apo.ProximalObjective(
         bridge.discrepancy(case.discrepancy),
         fsd_weight,
@@ -29,8 +41,17 @@ def learned(
         loss="linear",
         fsd="quadratic",
     )
-    solve(rule, module, problem, objective, gradients, case.inputs())
-    return bridge.to_oracle_matrix(rule.dense(), problem.network)
+    generator = torch.Generator().manual_seed(0)
+    for start in range(STARTS):
+        module = bridge.twin(problem.network, case.theta())
+        rule = apo.rules.Preconditioned(module, apo.EKFAC)
+        with torch.no_grad():
+            for phi in rule.parameters() if start else ():
+                phi += 0.1 * torch.randn(phi.shape, generator=generator, dtype=phi.dtype)
+        value = solve(rule, module, problem, objective, gradients, case.inputs())
+        if value <= optimum + 1e-9 * abs(optimum):
+            return bridge.to_oracle_matrix(rule.dense(), problem.network)
+    raise AssertionError(f"none of {STARTS} starts reached Q̂* = {optimum!r}")
 
 
 def check(P: np.ndarray, expected: np.ndarray, gradients: np.ndarray) -> None:
@@ -42,7 +63,7 @@ def check(P: np.ndarray, expected: np.ndarray, gradients: np.ndarray) -> None:
     assert error <= 1e-6, f"relative error {error:.2g} of P_S"
 
 
-@share(0.5)
+@share(0.25)
 @given(data=st.data(), divergence=st.sampled_from(["kl", "squared_error"]))
 def test_ekfac_reaches_kfac(data: st.DataObject, divergence: Divergence) -> None:
     """λ_FSD = 1, λ_WSD = 0, one and two layers: P_S = blockdiag(A⁻¹ ⊗ B⁻¹) = F⁻¹."""
@@ -55,7 +76,7 @@ def test_ekfac_reaches_kfac(data: st.DataObject, divergence: Divergence) -> None
     check(P, np.linalg.inv(F), gradients)
 
 
-@share(0.5)
+@share(0.25)
 @given(
     data=st.data(),
     divergence=st.sampled_from(["kl", "squared_error"]),
