@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 Tensors: TypeAlias = list[Tensor]
@@ -52,3 +53,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
             "unfreeze one with requires_grad_(True)."
         )
     return params
+
+
+def phi_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of φ for parameters of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

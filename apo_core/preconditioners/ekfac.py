@@ -7,7 +7,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.preconditioners.preconditioner import Preconditioner, phi_dtype, require_scale
+from apo_core.preconditioners.preconditioner import Preconditioner, require_scale
+from apo_core.types import phi_dtype
 
 _MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

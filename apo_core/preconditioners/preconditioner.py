@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 
@@ -33,11 +32,6 @@ class Preconditioner(nn.Module, ABC):
     @abstractmethod
     def dense(self) -> Tensor:
         """P as a matrix (n, n) on `grad.reshape(-1)`, row-major; for tests and oracles."""
-
-
-def phi_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of φ for parameters of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def require_scale(initial_scale: float) -> float:

@@ -8,7 +8,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.types import State, Tensors, trainable_parameters
+from apo_core.types import State, Tensors, phi_dtype, trainable_parameters
 from apo_core.update_rule import UpdateRule
 
 
@@ -67,7 +67,7 @@ class SGD(UpdateRule):
             torch.full(
                 (len(self.layers),) if per_layer else (),
                 math.log(lr),
-                dtype=torch.float64 if first.dtype == torch.float64 else torch.float32,
+                dtype=phi_dtype(first.dtype),
                 device=first.device,
             )
         )
