@@ -1,0 +1,1 @@
+"""Level N: drop one assumption of a theorem, and show what breaks."""
