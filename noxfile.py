@@ -41,14 +41,17 @@ def experiments(session: nox.Session) -> None:
 
 @nox.session
 def oracle(session: nox.Session) -> None:
-    """Run the reference's own tests in an environment without torch."""
+    """Run the reference's own tests, and the theory that it decides, without torch."""
     install(session, "numpy", "scipy", "hypothesis", "mpmath", "pytest", "pytest-xdist", "rich")
     session.run(
         "python",
         "-c",
         "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed'",
     )
-    session.run("pytest", "verification/l0_oracle", "-n", "auto", *session.posargs, env=ONE_THREAD)
+    levels = [f"verification/{level}" for level in ("l0_oracle", "l4_asymptotics", "necessity")]
+    session.run(
+        "pytest", *levels, "-n", "auto", "--dist", "worksteal", *session.posargs, env=ONE_THREAD
+    )
 
 
 @nox.session

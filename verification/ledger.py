@@ -78,7 +78,7 @@ class Ledger:
             mine = [
                 measured
                 for node_id, measured in self.measured.items()
-                if any(covers(test, node_id) for test in claim.tests)
+                if any(covers(test, node_id) for test in claim.all_tests)
             ]
             unrun = sum(not found for found in evidence_of(claim, outcomes).values())
             rows.append(

@@ -91,6 +91,16 @@ def test_claims_fit_the_table() -> None:
     assert [claim.id for claim in load_claims() if len(claim.claim) > 58] == []
 
 
+COUNTER = ["test_it.py::test_two"]
+SLIP = """
+[[claim.errata]]
+where = "eq. 1"
+printed = "a"
+meant = "b"
+tests = ["test_it.py::test_two"]
+"""
+
+
 def row(**changes: object) -> str:
     """A row of TOML: a sound verified claim, but for the changes; None leaves a key out."""
     keys = {
@@ -147,7 +157,7 @@ def test_sound_rows_are_accepted(root: Path) -> None:
         row(),
         row(id="p22-fig3", status="reproduced", tests=None, records=["record.json"]),
         row(id="p22-fig4-left", status="partly", tests=None, records=["record.json"], note="why"),
-        row(id="p18-thm1", status="refuted", note="a counterexample"),
+        row(id="p18-thm1", status="refuted", counterexamples=COUNTER, correction="what holds"),
         row(id="p22-fig5", status="open", tests=None),
     )
     assert [claim.status for claim in claims] == [
@@ -157,6 +167,17 @@ def test_sound_rows_are_accepted(root: Path) -> None:
         "refuted",
         "open",
     ]
+
+
+def test_the_tests_of_a_row_are_those_of_its_claim_counterexamples_and_slips(root: Path) -> None:
+    refuted = row(status="refuted", counterexamples=["test_it.py::test_fails"], correction="c")
+    (claim,) = load(root, refuted + SLIP)
+    assert claim.all_tests == (
+        "test_it.py::test_fails",
+        "test_it.py::test_a",
+        "test_it.py::test_two",
+    )
+    assert [erratum.printed for erratum in claim.errata] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -173,6 +194,11 @@ def test_sound_rows_are_accepted(root: Path) -> None:
         (row(status="open"), "is open and yet has evidence; decide its status"),
         (row(tests=[]), "is verified without evidence; give it or say open"),
         (row(status="refuted", tests=None), "is refuted without evidence"),
+        (row(status="refuted", correction="c"), "which requires `counterexamples`"),
+        (row(status="refuted", counterexamples=COUNTER), "which requires `correction`"),
+        (row(correction="c"), "has a counterexample or correction; say refuted"),
+        (row() + "[[claim.errata]]\nwhere = 'eq. 1'\n", "an erratum must have"),
+        (row() + SLIP.replace("test_it", "gone"), "the file of `gone.py::test_two` does not exist"),
         (row(tests=None, records=["record.json"]), "is verified, which requires `tests`"),
         (row(status="reproduced"), "is reproduced, which requires `records`"),
         (row(status="partly"), "the `note` must say what and at which scale"),
