@@ -92,6 +92,8 @@ def check_meta_gradient(rule: UpdateRule, model: nn.Module, generator: torch.Gen
             [u.norm() for u in rule(params, grads, state)[0]]
         ).norm().clamp_min(1.0)
     for name, phi in rule.named_parameters():
+        if not phi.requires_grad:
+            continue  # a hyperparameter that is not learned
         assert pulled().requires_grad, "the updates must be differentiable in φ, got no graph."
         (gradient,) = torch.autograd.grad(pulled(), phi, allow_unused=True)
         assert gradient is not None, (

@@ -26,6 +26,21 @@ class MomentumStep(NamedTuple):
     velocity: Array
 
 
+class RMSpropStep(NamedTuple):
+    """theta' and the new second moment."""
+
+    theta: Array
+    square_avg: Array
+
+
+class AdamStep(NamedTuple):
+    """theta' and the new moments."""
+
+    theta: Array
+    m: Array
+    v: Array
+
+
 class EKFACBlocks(NamedTuple):
     """phi of one layer: A (in, in), B (out, out), S (out, in)."""
 
@@ -60,6 +75,38 @@ def nesterov(theta: Array, g: Array, v: Array, eta: float, mu: float) -> Momentu
     """
     v = mu * v + g
     return MomentumStep(theta - eta * (g + mu * v), v)
+
+
+def rmsprop(
+    theta: Array, g: Array, s: Array, eta: Any, rho: Any, eps: Any, gamma: float
+) -> RMSpropStep:
+    """s <- gamma s + (1 - gamma) g^2, theta' = theta - eta g / (s^rho + eps).
+
+    Source: P18 eq. 20-21.
+    """
+    s = gamma * s + (1.0 - gamma) * g**2
+    return RMSpropStep(theta - eta / (s**rho + eps) * g, s)
+
+
+def adam(
+    theta: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    t: int,
+    eta: Any,
+    eps: Any,
+    betas: tuple[float, float] = (0.9, 0.999),
+    decay: float = 0.0,
+) -> AdamStep:
+    """Step t = 1, 2, ... of Adam, with a decoupled weight decay: theta' -= eta decay theta.
+
+    Source: P18 eq. 22-26.
+    """
+    m = betas[0] * m + (1.0 - betas[0]) * g
+    v = betas[1] * v + (1.0 - betas[1]) * g**2
+    m_hat, v_hat = m / (1.0 - betas[0] ** t), v / (1.0 - betas[1] ** t)
+    return AdamStep(theta - eta * (m_hat / (np.sqrt(v_hat) + eps) + decay * theta), m, v)
 
 
 def preconditioned(theta: Array, g: Array, P: Array) -> Array:

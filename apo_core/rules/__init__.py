@@ -1,6 +1,8 @@
 """Update rules: one file each."""
 
+from apo_core.rules.adam import Adam
 from apo_core.rules.preconditioned import Preconditioned
+from apo_core.rules.rmsprop import RMSprop
 from apo_core.rules.sgd import SGD
 
-__all__ = ["SGD", "Preconditioned"]
+__all__ = ["SGD", "Adam", "Preconditioned", "RMSprop"]

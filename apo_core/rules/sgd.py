@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from apo_core.types import State, Tensors, phi_dtype, trainable_parameters
+from apo_core.rules.layers import Layers
+from apo_core.types import State, Tensors
 from apo_core.update_rule import UpdateRule
 
 
@@ -49,28 +49,16 @@ class SGD(UpdateRule):
         lookahead_momentum: bool = False,
     ) -> None:
         super().__init__()
-        if not (math.isfinite(lr) and lr > 0):
-            raise ValueError(f"`lr` must be positive and finite, got {lr}; φ is its logarithm.")
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
         if nesterov and momentum == 0:
             raise ValueError("`nesterov` must come with `momentum` > 0, got 0.0.")
-        params = trainable_parameters(model)
-        owners = [name.rpartition(".")[0] for name in params]
-        self.layers: tuple[str, ...] = tuple(dict.fromkeys(owners)) if per_layer else ()
+        self._layers = Layers(model, per_layer)
+        self.layers = self._layers.names
         self.momentum = momentum
         self.nesterov = nesterov
         self.lookahead_from_state = lookahead_momentum
-        self._layer_of = [self.layers.index(owner) if per_layer else 0 for owner in owners]
-        first = next(iter(params.values()))
-        self.log_lr = nn.Parameter(
-            torch.full(
-                (len(self.layers),) if per_layer else (),
-                math.log(lr),
-                dtype=phi_dtype(first.dtype),
-                device=first.device,
-            )
-        )
+        self.log_lr = self._layers.log("lr", lr)
 
     @property
     def lr(self) -> Tensor:
@@ -88,13 +76,9 @@ class SGD(UpdateRule):
             v = _added(grads, state["momentum"], alpha=self.momentum)
             direction = _added(grads, v, alpha=self.momentum) if self.nesterov else v
             next_state = {"momentum": v}
-        rates = -self.log_lr.exp()
-        if not self.layers:
-            return [(rates * d).to(d.dtype) for d in direction], next_state
-        return [
-            (rates[layer] * d).to(d.dtype)
-            for layer, d in zip(self._layer_of, direction, strict=True)
-        ], next_state
+        rates = self._layers.spread(self.log_lr)
+        updates = [(-eta * d).to(d.dtype) for eta, d in zip(rates, direction, strict=True)]
+        return updates, next_state
 
 
 def _added(left: Tensors, right: Tensors, alpha: float) -> Tensors:
