@@ -2,24 +2,65 @@
 
 P22 is "Amortized Proximal Optimization" (Bae, Vicol, HaoChen, Grosse, 2022); P18 is its 2018
 predecessor. Vectors stack the columns of their matrices (`vec`). The modules, in reading order:
-networks, losses, problem; discrepancies, curvature; update_rules, meta_objective, meta_gradients;
-proximal_point, optimal_preconditioners.
+
+| what | modules |
+|---|---|
+| the problem | networks, convolution, losses, problem |
+| P22 sections 2 and 3, appendix F | discrepancies, curvature, proximal_point, classical_methods |
+| P22 section 4, appendices G and H | update_rules, meta_objective, meta_gradients, |
+| | optimal_preconditioners, structured_optima |
+| P18 section 3, appendices A and B | manifolds, output_space, cycles |
+| P18 appendix F, P22 appendix D | noisy_quadratic, schedules |
 """
 
 from reference.arrays import unvec, vec
+from reference.classical_methods import (
+    TABLE_1,
+    KrylovStep,
+    gauss_newton,
+    generalized_gauss_newton,
+    gradient_descent,
+    hessian_free,
+    natural_gradient,
+    newton,
+    p18_step,
+    row_objective,
+)
+from reference.convolution import ConvNet
 from reference.curvature import (
     EKFACBasis,
     KFACFactors,
+    damped_ekfac_inverse,
     ekfac_basis,
     ekfac_eigenvalues,
     empirical_fisher,
+    exact_damped_inverse,
     exact_fisher,
+    factored_damped_factors,
     fsd_hessian,
     ggn,
     kfac_factors,
 )
-from reference.discrepancies import Bregman, CategoricalKL, Discrepancy, SquaredEuclidean
-from reference.losses import CrossEntropy, Loss, ModelTargets, SquaredError
+from reference.cycles import Cycle, circle_cycle, failing_horizon, helix_cycle, line_cycle
+from reference.discrepancies import (
+    BernoulliKL,
+    Bregman,
+    CategoricalKL,
+    Discrepancy,
+    GaussianKL,
+    SquaredEuclidean,
+    bregman_of,
+)
+from reference.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    GaussianNLL,
+    Loss,
+    ModelTargets,
+    PoissonLoss,
+    SquaredError,
+)
+from reference.manifolds import Affine, Manifold, OutputSet, Parametrized, Polyline, Sphere
 from reference.meta_gradients import (
     dense_gradient,
     diagonal_gradient,
@@ -35,6 +76,12 @@ from reference.meta_objective import (
     proximity_matrix,
 )
 from reference.networks import MLP, FixedHead, Layer, Linear, Network, Trace
+from reference.noisy_quadratic import (
+    NoisyQuadratic,
+    other_batch_rate,
+    same_batch_rate,
+    sample_rate,
+)
 from reference.optimal_preconditioners import (
     LinearOptimum,
     dense,
@@ -45,55 +92,109 @@ from reference.optimal_preconditioners import (
     per_layer,
     scalar,
 )
+from reference.output_space import (
+    OutputLoss,
+    curvature_free_bound,
+    effective_gradient,
+    lemma_1_point,
+    printed_weight,
+    projected_gradient_descent,
+    projected_gradient_step,
+    proximal_newton,
+    proximal_newton_step,
+    rate_bound,
+    sufficient_weight,
+)
 from reference.problem import Batch, Problem, complex_step_jacobian
-from reference.proximal_point import ProximalPoint, certify, closed_form_step, exact_step
+from reference.proximal_point import (
+    ProximalPoint,
+    ProximalSearch,
+    certify,
+    closed_form_step,
+    exact_step,
+    search,
+)
+from reference.structured_optima import StructuredOptimum, best_ekfac, best_kronecker
 from reference.update_rules import (
+    AdamStep,
     EKFACBlocks,
     MomentumStep,
+    RMSpropStep,
+    adam,
     ekfac_matrix,
     ekfac_preconditioner,
     ekfac_product,
     heavy_ball,
     nesterov,
     preconditioned,
+    rmsprop,
     sgd,
     sgd_per_layer,
 )
 
 __all__ = [
     "MLP",
+    "TABLE_1",
+    "AdamStep",
+    "Affine",
     "Batch",
+    "BernoulliKL",
+    "BinaryCrossEntropy",
     "Bregman",
     "CategoricalKL",
+    "ConvNet",
     "CrossEntropy",
+    "Cycle",
     "Discrepancy",
     "EKFACBasis",
     "EKFACBlocks",
     "FixedHead",
+    "GaussianKL",
+    "GaussianNLL",
     "KFACFactors",
+    "KrylovStep",
     "Layer",
     "Linear",
     "LinearOptimum",
     "Loss",
+    "Manifold",
     "MetaObjective",
     "MetaTerms",
     "ModelTargets",
     "MomentumStep",
     "Network",
+    "NoisyQuadratic",
+    "OutputLoss",
+    "OutputSet",
+    "Parametrized",
+    "PoissonLoss",
+    "Polyline",
     "Problem",
     "ProximalPoint",
+    "ProximalSearch",
+    "RMSpropStep",
+    "Sphere",
     "SquaredError",
     "SquaredEuclidean",
+    "StructuredOptimum",
     "Trace",
+    "adam",
     "approximate_meta_gradient",
     "approximate_meta_objective",
+    "best_ekfac",
+    "best_kronecker",
+    "bregman_of",
     "certify",
+    "circle_cycle",
     "closed_form_step",
     "complex_step_jacobian",
+    "curvature_free_bound",
+    "damped_ekfac_inverse",
     "dense",
     "dense_gradient",
     "diagonal",
     "diagonal_gradient",
+    "effective_gradient",
     "ekfac",
     "ekfac_basis",
     "ekfac_eigenvalues",
@@ -102,23 +203,49 @@ __all__ = [
     "ekfac_preconditioner",
     "ekfac_product",
     "empirical_fisher",
+    "exact_damped_inverse",
     "exact_fisher",
     "exact_step",
+    "factored_damped_factors",
+    "failing_horizon",
     "fsd_hessian",
+    "gauss_newton",
+    "generalized_gauss_newton",
     "ggn",
+    "gradient_descent",
     "heavy_ball",
+    "helix_cycle",
+    "hessian_free",
     "kfac_factors",
     "kronecker",
+    "lemma_1_point",
+    "line_cycle",
     "linear_in_phi",
     "log_lr_gradient",
+    "natural_gradient",
     "nesterov",
+    "newton",
+    "other_batch_rate",
+    "p18_step",
     "per_layer",
     "per_layer_log_lr_gradient",
     "preconditioned",
+    "printed_weight",
+    "projected_gradient_descent",
+    "projected_gradient_step",
+    "proximal_newton",
+    "proximal_newton_step",
     "proximity_matrix",
+    "rate_bound",
+    "rmsprop",
+    "row_objective",
+    "same_batch_rate",
+    "sample_rate",
     "scalar",
+    "search",
     "sgd",
     "sgd_per_layer",
+    "sufficient_weight",
     "unvec",
     "vec",
 ]

@@ -52,4 +52,5 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s: np.where(np.real(s) > 0.0, s, 0.0), lambda s: (np.real(s) > 0.0).astype(float)
     ),
     "softplus": Activation(softplus, sigmoid),
+    "identity": Activation(lambda s: s, np.ones_like),
 }

@@ -5,7 +5,8 @@
 | z, z0 | outputs at theta' and at theta | (N, C) |
 | rho | the divergence of each example; D_F is its mean over B' (P22 eq. 3) | (N,) |
 | H_rho | d^2 rho / dz^2 at z = z0 (P22 eq. 34) | (N, C, C) |
-| p, p0 | softmax(z), softmax(z0) | (N, C) |
+| p, p0 | softmax(z), softmax(z0); sigmoid of them for independent bits | (N, C) |
+| mu, s | the halves of z for Gaussians: mean and log sigma (at theta: mu0, s0) | (N, C/2) |
 | psi | a convex potential of the outputs | (N,) |
 """
 
@@ -15,9 +16,22 @@ from typing import NamedTuple, final
 
 import numpy as np
 
-from reference.analytic import log_softmax, logsumexp, softmax
+from reference.analytic import log_softmax, logsumexp, sigmoid, softmax, softplus
 from reference.arrays import Array, one_of
-from reference.losses import categorical_covariance
+from reference.losses import (
+    BinaryCrossEntropy,
+    CrossEntropy,
+    Loss,
+    PoissonLoss,
+    SquaredError,
+    bernoulli_covariance,
+    categorical_covariance,
+    diagonal_matrices,
+    gaussian_fisher,
+    mean_and_log_sigma,
+)
+
+ORDERS = ("lookahead_current", "current_lookahead")
 
 
 class Discrepancy(ABC):
@@ -77,7 +91,7 @@ class CategoricalKL(Discrepancy):
     """
 
     def __init__(self, order: str = "lookahead_current") -> None:
-        self.order = one_of("order", order, ["lookahead_current", "current_lookahead"])
+        self.order = one_of("order", order, ORDERS)
 
     def value(self, z: Array, z0: Array) -> Array:
         """sum_y p (log p - log p0) or sum_y p0 (log p0 - log p), (N,)."""
@@ -99,6 +113,76 @@ class CategoricalKL(Discrepancy):
         return categorical_covariance(z0)
 
 
+@final
+class BernoulliKL(Discrepancy):
+    """The Kullback-Leibler divergence of independent bits given by logits, summed over them.
+
+    H_rho = diag(p0 (1 - p0)) in both orders.
+
+    Args:
+        order: "lookahead_current" is KL(p || p0), "current_lookahead" is KL(p0 || p).
+
+    Source: P18 eq. 9; P22 section 4.3.
+    """
+
+    def __init__(self, order: str = "lookahead_current") -> None:
+        self.order = one_of("order", order, ORDERS)
+
+    def value(self, z: Array, z0: Array) -> Array:
+        """sum_c p (z - z0) - softplus(z) + softplus(z0), or the same with z, z0 swapped; (N,)."""
+        first, second = (z, z0) if self.order == "lookahead_current" else (z0, z)
+        gap = softplus(second) - softplus(first)
+        return np.sum(sigmoid(first) * (first - second) + gap, axis=1)
+
+    def gradient(self, z: Array, z0: Array) -> Array:
+        """p (1 - p) (z - z0), or p - p0; (N, C)."""
+        p = sigmoid(z)
+        return p * (1.0 - p) * (z - z0) if self.order == "lookahead_current" else p - sigmoid(z0)
+
+    def output_hessian(self, z0: Array) -> Array:
+        """diag(p0 (1 - p0)), (N, C, C)."""
+        return bernoulli_covariance(z0)
+
+
+@final
+class GaussianKL(Discrepancy):
+    """The Kullback-Leibler divergence of independent Gaussians, z = (mu, s), sigma = exp(s).
+
+    H_rho = diag(1 / sigma0^2, 2) in both orders.
+
+    Args:
+        order: "lookahead_current" is KL(N || N0), "current_lookahead" is KL(N0 || N).
+
+    Source: P18 eq. 9, with an integral over y; P22 section 4.3.
+    """
+
+    def __init__(self, order: str = "lookahead_current") -> None:
+        self.order = one_of("order", order, ORDERS)
+
+    def value(self, z: Array, z0: Array) -> Array:
+        """sum_d s2 - s1 + (sigma1^2 + (mu1 - mu2)^2) / (2 sigma2^2) - 1/2 for KL(1 || 2); (N,)."""
+        first, second = (z, z0) if self.order == "lookahead_current" else (z0, z)
+        (mu1, s1), (mu2, s2) = mean_and_log_sigma(first), mean_and_log_sigma(second)
+        e = (mu1 - mu2) * np.exp(-s2)
+        return np.sum(s2 - s1 + 0.5 * (np.exp(2.0 * (s1 - s2)) + e**2 - 1.0), axis=1)
+
+    def gradient(self, z: Array, z0: Array) -> Array:
+        """(N, C): (m / sigma0^2, r^2 - 1), or (m / sigma^2, 1 - r^-2 - (m / sigma)^2).
+
+        Here m = mu - mu0 and r = sigma / sigma0.
+        """
+        (mu, s), (mu0, s0) = mean_and_log_sigma(z), mean_and_log_sigma(z0)
+        m, r2 = mu - mu0, np.exp(2.0 * (s - s0))
+        if self.order == "lookahead_current":
+            return np.concatenate([m * np.exp(-2.0 * s0), r2 - 1.0], axis=1)
+        slope = m * np.exp(-2.0 * s)
+        return np.concatenate([slope, 1.0 - 1.0 / r2 - m * slope], axis=1)
+
+    def output_hessian(self, z0: Array) -> Array:
+        """diag(1 / sigma0^2, 2), (N, C, C)."""
+        return gaussian_fisher(mean_and_log_sigma(z0)[1])
+
+
 class Potential(NamedTuple):
     """A convex psi(z) with its gradient and Hessian."""
 
@@ -114,6 +198,19 @@ POTENTIALS: dict[str, Potential] = {
         lambda z: np.broadcast_to(np.eye(z.shape[1]), (*z.shape, z.shape[1])),
     ),
     "cross_entropy": Potential(logsumexp, softmax, categorical_covariance),
+    "binary_cross_entropy": Potential(
+        lambda z: np.sum(softplus(z), axis=1), sigmoid, bernoulli_covariance
+    ),
+    "poisson": Potential(
+        lambda z: np.sum(np.exp(z), axis=1), np.exp, lambda z: diagonal_matrices(np.exp(z))
+    ),
+}
+
+_POTENTIAL_OF: dict[type[Loss], str] = {
+    SquaredError: "squared_error",
+    CrossEntropy: "cross_entropy",
+    BinaryCrossEntropy: "binary_cross_entropy",
+    PoissonLoss: "poisson",
 }
 
 
@@ -121,10 +218,13 @@ POTENTIALS: dict[str, Potential] = {
 class Bregman(Discrepancy):
     """rho = psi(z) - psi(z0) - <grad psi(z0), z - z0>, H_rho = Hessian of psi at z0.
 
-    A loss psi(z) - <t, z> + const has the divergence of its psi: the target drops out.
+    A loss psi(z) - <t, z> + const has the divergence of its psi: the target drops out. Where it
+    does not, eq. 8 is a different function for every target, and no divergence where the loss is
+    not convex: it falls below zero. `GaussianNLL` in (mu, s) is such a loss.
 
     Args:
-        potential: "squared_error" (psi = 1/2 ||z||^2) or "cross_entropy" (psi = logsumexp z).
+        potential: "squared_error" (psi = 1/2 ||z||^2), "cross_entropy" (logsumexp z),
+            "binary_cross_entropy" (sum softplus z) or "poisson" (sum exp z).
 
     Source: P18 eq. 8.
     """
@@ -145,3 +245,19 @@ class Bregman(Discrepancy):
     def output_hessian(self, z0: Array) -> Array:
         """The Hessian of psi at z0, (N, C, C)."""
         return self._psi.hessian(z0)
+
+
+def bregman_of(loss: Loss) -> Bregman:
+    """The Bregman divergence of a loss psi(z) - <t, z> + const.
+
+    Source: P18 eq. 8; P22 section 3.2 (G is then the generalized Gauss-Newton matrix).
+
+    Raises:
+        ValueError: the loss is not of this form, or not convex.
+    """
+    if type(loss) not in _POTENTIAL_OF:
+        raise ValueError(
+            "`loss` must be convex and linear in its target, so that the target drops out of eq. "
+            f"8, got {type(loss).__name__}; use the Kullback-Leibler divergence instead."
+        )
+    return Bregman(_POTENTIAL_OF[type(loss)])

@@ -7,7 +7,10 @@
 | B, B' | `batch` (inputs and targets), `fsd_inputs` | (N, d), (N', d) |
 | lambda_FSD, lambda_WSD | `fsd_weight`, `wsd_weight` | >= 0 |
 | q | dQ/dtheta' | (n,) |
-| g, G | gradient of J_B and Hessian of D_F at theta | (n,), (n, n) |
+| d | theta' - theta | (n,) |
+| g, H | gradient and Hessian of J_B at theta | (n,), (n, n) |
+| G_J | E_B[J^T (d^2 L/dz^2) J], the generalized Gauss-Newton matrix of J_B at theta | (n, n) |
+| G | Hessian of D_F at theta | (n, n) |
 | P | preconditioner, theta' = theta - P g | (n, n) |
 | M | lambda_FSD G + lambda_WSD I | (n, n) |
 """
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple, final
 import numpy as np
 
 from reference.arrays import Array, finite_array, non_negative, one_of
-from reference.curvature import fsd_hessian
+from reference.curvature import fsd_hessian, ggn
 from reference.discrepancies import Discrepancy
 from reference.problem import Batch, Problem
 
@@ -44,10 +47,12 @@ class MetaObjective:
         discrepancy: rho.
         fsd_weight: lambda_FSD >= 0.
         wsd_weight: lambda_WSD >= 0.
-        loss: "exact", or "linear" for J_B(theta) + g^T (theta' - theta).
-        fsd: "exact", or "quadratic" for 1/2 (theta' - theta)^T G (theta' - theta).
+        loss: "exact", "linear" for J_B(theta) + g^T d, "quadratic" for 1/2 d^T H d more, or
+            "gauss_newton" for 1/2 d^T G_J d more.
+        fsd: "exact", or "quadratic" for 1/2 d^T G d.
 
-    Source: P22 eq. 8 and Algorithm 1; "linear" with "quadratic" is the Q-hat of Theorem 1.
+    Source: P22 eq. 8 and Algorithm 1; "linear" with "quadratic" is the Q-hat of Theorem 1;
+    "quadratic" without FSD is eq. 27; "gauss_newton" is the model of Martens 2010.
     """
 
     def __init__(
@@ -63,7 +68,7 @@ class MetaObjective:
         self.discrepancy = discrepancy
         self.fsd_weight = non_negative("fsd_weight", fsd_weight)
         self.wsd_weight = non_negative("wsd_weight", wsd_weight)
-        self.loss = one_of("loss", loss, ["exact", "linear"])
+        self.loss = one_of("loss", loss, ["exact", "linear", "quadratic", "gauss_newton"])
         self.fsd = one_of("fsd", fsd, ["exact", "quadratic"])
 
     def approximation(self) -> "MetaObjective":
@@ -80,6 +85,8 @@ class MetaObjective:
             loss = self.problem.value(lookahead, *batch)
         else:
             loss = self.problem.value(theta, *batch) + self.problem.gradient(theta, *batch) @ d
+            if self.loss != "linear":
+                loss = loss + 0.5 * d @ self.loss_curvature(theta, batch) @ d
         if self.fsd == "exact":
             z0 = self.problem.network.outputs(theta, fsd_inputs)
             z = self.problem.network.outputs(lookahead, fsd_inputs)
@@ -95,6 +102,8 @@ class MetaObjective:
         theta, lookahead = self._check(theta, lookahead)
         d = lookahead - theta
         loss = self.problem.gradient(lookahead if self.loss == "exact" else theta, *batch)
+        if self.loss in ("quadratic", "gauss_newton"):
+            loss = loss + self.loss_curvature(theta, batch) @ d
         if self.fsd == "exact":
             z0 = self.problem.network.outputs(theta, fsd_inputs)
             z = self.problem.network.outputs(lookahead, fsd_inputs)
@@ -103,6 +112,14 @@ class MetaObjective:
         else:
             fsd = self._curvature(theta, fsd_inputs) @ d
         return loss + self.fsd_weight * fsd + self.wsd_weight * d
+
+    def loss_curvature(self, theta: Any, batch: Batch) -> Array:
+        """H, or G_J where `loss` is "gauss_newton", (n, n)."""
+        if self.loss != "gauss_newton":
+            return self.problem.hessian(theta, *batch)
+        z = self.problem.network.outputs(theta, batch.inputs)
+        H_L = self.problem.loss.hessian(z, batch.targets)
+        return ggn(self.problem.network.jacobian(theta, batch.inputs), H_L)
 
     def _curvature(self, theta: Array, fsd_inputs: Any) -> Array:
         return fsd_hessian(self.problem.network, self.discrepancy, theta, fsd_inputs)

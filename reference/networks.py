@@ -9,6 +9,8 @@
 | a_{l-1} | what layer l reads (P22 eq. 52) | (N, in_l) |
 | dz/ds_l | outputs by pre-activations: (dz/ds_l)^T Dz = Ds_l (P22 eq. 53-54) | (N, C, out_l) |
 | J | dz/dtheta | (N, C, n) |
+| T | positions at which a layer applies the same weight, for a convolution: a_{l-1} is then | |
+| | (N, T, in_l) and dz/ds_l is (N, C, T, out_l) | |
 """
 
 from abc import ABC, abstractmethod
@@ -42,8 +44,16 @@ class Trace(NamedTuple):
     """One forward pass and the backward passes of every output."""
 
     outputs: Array  # z, (N, C)
-    layer_inputs: list[Array]  # a_{l-1}, (N, in_l)
-    output_backprop: list[Array]  # dz/ds_l, (N, C, out_l)
+    layer_inputs: list[Array]  # a_{l-1}, (N, in_l) or (N, T, in_l)
+    output_backprop: list[Array]  # dz/ds_l, (N, C, out_l) or (N, C, T, out_l)
+
+    @property
+    def positions(self) -> list[tuple[Array, Array]]:
+        """a_{l-1}, (N, T, in_l), and dz/ds_l, (N, C, T, out_l), of each layer; T = 1 if dense."""
+        return [
+            (a[:, None, :], D[:, :, None, :]) if a.ndim == 2 else (a, D)
+            for a, D in zip(self.layer_inputs, self.output_backprop, strict=True)
+        ]
 
 
 class Network(ABC):
@@ -85,25 +95,26 @@ class Network(ABC):
         return self.trace(theta, X).outputs
 
     def layer_inputs(self, theta: Any, X: Any) -> list[Array]:
-        """a_{l-1} of every layer, each (N, in_l)."""
+        """a_{l-1} of every layer, each (N, in_l), or (N, T, in_l)."""
         return self.trace(theta, X).layer_inputs
 
     def output_backprop(self, theta: Any, X: Any) -> list[Array]:
-        """dz/ds_l of every layer, each (N, C, out_l)."""
+        """dz/ds_l of every layer, each (N, C, out_l), or (N, C, T, out_l)."""
         return self.trace(theta, X).output_backprop
 
     def jacobian(self, theta: Any, X: Any) -> Array:
         """J = dz/dtheta, (N, C, n): dz/dvec(W_l) = a_{l-1}^T kron dz/ds_l and dz/db_l = dz/ds_l.
 
+        Where a layer applies its weight at T positions, both are sums over them.
+
         Source: P22 eq. 55, one row for each output.
         """
-        trace = self.trace(theta, X)
         blocks = []
-        for layer, a, D in zip(self.layers, trace.layer_inputs, trace.output_backprop, strict=True):
-            dW = a[:, None, :, None] * D[:, :, None, :]  # (N, C, in, out): vec's order
+        for layer, (a, D) in zip(self.layers, self.trace(theta, X).positions, strict=True):
+            dW = np.einsum("nti,ncto->ncio", a, D)  # vec's order
             blocks.append(dW.reshape(*D.shape[:2], -1))
             if layer.bias is not None:
-                blocks.append(D)
+                blocks.append(np.sum(D, axis=2))
         return np.concatenate(blocks, axis=2)
 
 
@@ -113,7 +124,7 @@ class MLP(Network):
 
     Args:
         widths: (d, hidden..., C); two entries make a linear or softmax model.
-        activation: "tanh", "sigmoid", "relu" or "softplus".
+        activation: "tanh", "sigmoid", "relu", "softplus" or "identity" (a deep linear network).
         bias: whether every layer has a bias.
 
     Source: P22 eq. 51-55.
@@ -129,7 +140,7 @@ class MLP(Network):
         self.activation = one_of("activation", activation, list(ACTIVATIONS))
         self.input_size, self.output_size = self.widths[0], self.widths[-1]
         shapes = list(zip(self.widths[1:], self.widths[:-1], strict=True))
-        self.layers = _lay_out(shapes, bias)
+        self.layers = lay_out(shapes, bias)
 
     def _trace(self, theta: Array, X: Array) -> Trace:
         sigma = ACTIVATIONS[self.activation]
@@ -137,7 +148,7 @@ class MLP(Network):
         inputs, pre_activations, a = [], [], X
         for index, layer in enumerate(self.layers):
             inputs.append(a)
-            s = _affine(layer, theta, a)
+            s = affine(layer, theta, a)
             pre_activations.append(s)
             a = s if index == last else sigma.function(s)
         D = np.broadcast_to(np.eye(self.output_size), (len(X), self.output_size, self.output_size))
@@ -160,12 +171,12 @@ class Linear(Network):
                 f"{output_size}; give the lengths of x and z."
             )
         self.input_size, self.output_size = int(input_size), int(output_size)
-        self.layers = _lay_out([(self.output_size, self.input_size)], bias)
+        self.layers = lay_out([(self.output_size, self.input_size)], bias)
 
     def _trace(self, theta: Array, X: Array) -> Trace:
         shape = (len(X), self.output_size, self.output_size)
         identity = np.broadcast_to(np.eye(self.output_size), shape)
-        return Trace(_affine(self.layers[0], theta, X), [X], [identity])
+        return Trace(affine(self.layers[0], theta, X), [X], [identity])
 
 
 @final
@@ -203,7 +214,7 @@ class FixedHead(Network):
         shapes = [
             (head.shape[1], size) for head, size in zip(self.heads, self.input_sizes, strict=True)
         ]
-        self.layers = _lay_out(shapes, bias=False)
+        self.layers = lay_out(shapes, bias=False)
 
     @staticmethod
     def side_by_side(blocks: Sequence[Any]) -> list[Array]:
@@ -227,7 +238,7 @@ class FixedHead(Network):
         return Trace(z, inputs, backprop)
 
 
-def _lay_out(shapes: Sequence[tuple[int, int]], bias: bool) -> tuple[Layer, ...]:
+def lay_out(shapes: Sequence[tuple[int, int]], bias: bool) -> tuple[Layer, ...]:
     """Place vec(W_l), then b_l, of every layer one after the other."""
     layers, start = [], 0
     for out, in_ in shapes:
@@ -237,7 +248,7 @@ def _lay_out(shapes: Sequence[tuple[int, int]], bias: bool) -> tuple[Layer, ...]
     return tuple(layers)
 
 
-def _affine(layer: Layer, theta: Array, a: Array) -> Array:
-    """S = a W^T + b, one example a row, (N, out)."""
+def affine(layer: Layer, theta: Array, a: Array) -> Array:
+    """S = a W^T + b for rows a, (..., in) -> (..., out)."""
     s = a @ layer.weight_matrix(theta).T
     return s if layer.bias is None else s + theta[layer.bias]

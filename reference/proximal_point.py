@@ -8,9 +8,9 @@
 | g, G | gradient of J_B, Hessian of D_F at theta | (n,), (n, n) |
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 from scipy.optimize import minimize
@@ -23,7 +23,11 @@ from reference.problem import Batch, complex_step_jacobian, symmetric_part
 # direction, could make the gradient vanish: five digits above float64 rounding.
 STATIONARITY = 1e-10
 
-Kind = Literal["minimum", "degenerate", "saddle", "not stationary"]
+# Two points are the same one where they are nearer than this, relatively: far more than what a
+# gradient of that size leaves open, far less than what lies between two minima.
+SAME_POINT = STATIONARITY**0.5
+
+Kind = Literal["minimum", "degenerate", "saddle", "maximum", "not stationary"]
 
 
 @final
@@ -40,7 +44,8 @@ class ProximalPoint:
         min_eigenvalue: the smallest eigenvalue of H at u.
         max_eigenvalue: the largest in modulus.
         kind: "minimum" (stationary, H positive definite), "degenerate" (H singular to rounding),
-            "saddle" (H has a negative eigenvalue) or "not stationary".
+            "maximum" (H negative definite), "saddle" (H has a negative eigenvalue, and another that
+            is not) or "not stationary".
     """
 
     u: Array
@@ -57,6 +62,18 @@ class ProximalPoint:
         """Whether u is a strict local minimizer and the objective did not rise."""
         rounding = 8 * len(self.u) * np.finfo(float).eps * max(1.0, abs(self.value))
         return self.kind == "minimum" and self.rise <= rounding
+
+
+class ProximalSearch(NamedTuple):
+    """What a search from several starts found.
+
+    Attributes:
+        best: the certified point with the lowest objective, None if there is none.
+        found: every distinct point, certified or not, by rising objective.
+    """
+
+    best: ProximalPoint | None
+    found: list[ProximalPoint]
 
 
 def exact_step(
@@ -112,6 +129,8 @@ def certify(
         kind = "minimum"
     else:
         kind = "degenerate" if eigenvalues[0] >= -rounding else "saddle"
+        if eigenvalues[-1] < -rounding:
+            kind = "maximum"
     return ProximalPoint(
         u=u,
         value=value(u),
@@ -122,6 +141,27 @@ def certify(
         max_eigenvalue=largest,
         kind=kind,
     )
+
+
+def search(
+    objective: MetaObjective, theta: Any, batch: Batch, fsd_inputs: Any, starts: Sequence[Any]
+) -> ProximalSearch:
+    """`exact_step` from theta and from each of `starts`, (n,) each.
+
+    The proximal objective of a network is not convex in u: its arg min need not be unique, and need
+    not be the point that a descent from theta reaches. A search can miss minima, not invent them.
+
+    Source: P22 eq. 3.
+    """
+    points = [exact_step(objective, theta, batch, fsd_inputs, s) for s in (theta, *starts)]
+    points.sort(key=lambda point: point.value)
+    found: list[ProximalPoint] = []
+    for point in points:
+        near = SAME_POINT * (1.0 + float(np.linalg.norm(point.u)))
+        if all(np.linalg.norm(point.u - other.u) > near for other in found):
+            found.append(point)
+    certified = [point for point in found if point.certified]
+    return ProximalSearch(certified[0] if certified else None, found)
 
 
 def closed_form_step(theta: Any, g: Any, G: Any, fsd_weight: float, wsd_weight: float) -> Array:

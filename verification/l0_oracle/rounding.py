@@ -19,6 +19,8 @@ import numpy as np
 
 from reference import MLP, FixedHead, Linear, MetaObjective, Network
 from reference.arrays import Array
+from reference.convolution import ConvNet
+from reference.networks import Trace
 from reference.problem import Batch
 
 
@@ -34,22 +36,22 @@ class PassErrors(NamedTuple):
 def pass_errors(network: Network, theta: Array, X: Array) -> PassErrors:
     """z and J of a network, with what rounding may do to them."""
     trace = network.trace(theta, X)
-    if isinstance(network, FixedHead):
+    if isinstance(network, ConvNet):
+        e_z, e_a, e_D = _convolutional(network, theta, trace)
+    elif isinstance(network, FixedHead):
         e_z, e_a, e_D = _fixed_head(network, theta, trace.layer_inputs)
     else:
         assert isinstance(network, MLP | Linear)
         e_z, e_a, e_D = _layered(network, theta, trace.layer_inputs, trace.output_backprop)
     blocks = []
-    for layer, a, D, ea, eD in zip(
-        network.layers, trace.layer_inputs, trace.output_backprop, e_a, e_D, strict=True
-    ):
-        outer = (
-            np.abs(a)[:, None, :, None] * (eD + np.abs(D))[:, :, None, :]
-            + ea[:, None, :, None] * np.abs(D)[:, :, None, :]
-        )
+    errors = Trace(e_z, e_a, e_D).positions
+    for layer, (a, D), (ea, eD) in zip(network.layers, trace.positions, errors, strict=True):
+        T = a.shape[1]
+        outer = np.einsum("nti,ncto->ncio", np.abs(a), eD + T * np.abs(D))
+        outer += np.einsum("nti,ncto->ncio", ea, np.abs(D))
         blocks.append(outer.reshape(*D.shape[:2], -1))
         if layer.bias is not None:
-            blocks.append(eD)
+            blocks.append(np.sum(eD + (T - 1) * np.abs(D), axis=2))
     return PassErrors(
         trace.outputs, network.jacobian(theta, X), e_z, np.concatenate(blocks, axis=2)
     )
@@ -147,3 +149,31 @@ def _layered(
         e_Da = e_D[0] @ W + (D.shape[2] + 2) * Da
         e_D.insert(0, e_Da + Da * (e_s[index - 1][:, None, :] + 17.0))
     return e_s[-1], e_a, e_D
+
+
+def _convolutional(
+    network: ConvNet, theta: Array, trace: Trace
+) -> tuple[Array, list[Array], list[Array]]:
+    """As `_layered`; the selection of patches copies, its transpose adds up to T terms."""
+    a_abs = [np.abs(a) for a in trace.layer_inputs]
+    W = [np.abs(layer.weight_matrix(theta)) for layer in network.layers]
+    b = [0.0 if layer.bias is None else np.abs(theta[layer.bias]) for layer in network.layers]
+    e_x, e_a, e_s = np.zeros((len(a_abs[0]), network.input_size)), [], []
+    for index, R in enumerate(network.selections):
+        e_a.append(np.einsum("tid,nd->nti", R, e_x))
+        terms = a_abs[index] @ W[index].T + b[index]
+        e_s.append(e_a[-1] @ W[index].T + (W[index].shape[1] + 2) * terms)
+        # An activation is at most 1 + |s| and |s| at most its terms.
+        e_x = (e_s[-1] + 8.0 * terms + 8.0).swapaxes(1, 2).reshape(len(e_x), -1)
+    e_a.append(e_x)
+    e_z = e_x @ W[-1].T + (W[-1].shape[1] + 2) * (a_abs[-1] @ W[-1].T + b[-1])
+    D = np.abs(trace.output_backprop[-1])
+    e_D = [np.zeros_like(D)]
+    Dx, e_Dx = D @ W[-1], (D.shape[2] + 2) * (D @ W[-1])
+    for index in range(len(network.selections) - 1, -1, -1):
+        (T, out), R = e_s[index].shape[1:], network.selections[index]
+        Da, e_Da = (v.reshape(*v.shape[:2], out, T).swapaxes(2, 3) for v in (Dx, e_Dx))
+        e_D.insert(0, e_Da + Da * (e_s[index][:, None] + 17.0))
+        Dx = np.einsum("tid,ncti->ncd", R, Da @ W[index])
+        e_Dx = np.einsum("tid,ncti->ncd", R, e_D[0] @ W[index]) + (T + out + 2) * Dx
+    return e_z, e_a, e_D

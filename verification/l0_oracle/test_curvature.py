@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from reference import (
     MLP,
-    Bregman,
     CategoricalKL,
     CrossEntropy,
     KFACFactors,
+    Linear,
     MetaObjective,
     Problem,
     SquaredError,
@@ -25,9 +25,24 @@ from reference import (
     kfac_factors,
 )
 from reference.arrays import Array
+from reference.curvature import (
+    damped_ekfac_inverse,
+    exact_damped_inverse,
+    factored_damped_factors,
+)
+from reference.discrepancies import GaussianKL, bregman_of
+from reference.losses import BinaryCrossEntropy, GaussianNLL, Loss, PoissonLoss
 from verification.l0_oracle.rounding import PassErrors, meta_gradient_error, pass_errors
-from verification.strategies import DISCREPANCIES, LOSSES, kfac_cases, meta_cases, spd_matrices
+from verification.strategies import (
+    ALL_DISCREPANCIES,
+    CONVEX_LOSSES,
+    DISCREPANCIES,
+    kfac_cases,
+    meta_cases,
+    spd_matrices,
+)
 from verification.strategies.fixed_heads import Divergence
+from verification.strategies.outputs import targets
 from verification.tolerances import COMPLEX_STEP, FUNCTION, ROUNDING, SOLVE, assert_close
 
 names = pytest.mark.parametrize("name", list(DISCREPANCIES))
@@ -40,13 +55,17 @@ def fsd_gradient(case, u: Array) -> Array:
     return np.einsum("nci,nc->i", network.jacobian(u, X), case.discrepancy.gradient(z, z0)) / len(X)
 
 
-def curvature_error(passes: PassErrors) -> float:
-    """Bound of G's rounding in units of u: |H_rho| <= 2, and an error e_z moves it by 2 e_z."""
+def curvature_error(passes: PassErrors, H: Array | None = None) -> float:
+    """Bound of G's rounding in units of u: |H_rho| <= 2, and an error e_z moves it by 2 e_z.
+
+    Exponentials of z or of -2 z in H, (N, C, C), are larger, and as much more sensitive.
+    """
     J, e_J = np.abs(passes.J), passes.e_J
     C = J.shape[1]
-    once = 2.0 * np.einsum("nci,ndj->ij", J, e_J)
-    error_of_H = np.max(2.0 * passes.e_z + 16.0 * (1.0 + np.abs(passes.z)), axis=1)
-    products = 2.0 * (2 * C + len(J) + 4)
+    largest = np.full(len(J), 2.0) if H is None else np.maximum(2.0, np.abs(H).max(axis=(1, 2)))
+    once = np.einsum("n,nci,ndj->ij", largest, J, e_J)
+    error_of_H = np.max(2.0 * passes.e_z + 16.0 * (1.0 + np.abs(passes.z)), axis=1) * largest / 2.0
+    products = largest * (2 * C + len(J) + 4)
     twice = np.einsum("n,nci,ndj->ij", error_of_H + products, J, J)
     return float(np.linalg.norm(once + once.T + twice)) / len(J)
 
@@ -98,18 +117,44 @@ def test_g_is_positive_semidefinite_and_symmetric(case) -> None:
     assert lowest >= -allowed, f"smallest eigenvalue {lowest}, allowed {-allowed}"
 
 
-@pytest.mark.parametrize("order", ["lookahead_current", "current_lookahead"])
+LIKELIHOODS: dict[str, Loss] = {
+    "kl": CrossEntropy(),
+    "bernoulli-kl": BinaryCrossEntropy(),
+    "gaussian-kl": GaussianNLL(),
+}
+
+
+@pytest.mark.parametrize("order", ["lookahead-current", "current-lookahead"])
+@pytest.mark.parametrize("family", list(LIKELIHOODS))
 @given(st.data())
-def test_g_of_the_kl_is_the_fisher_of_the_model(order: str, data: st.DataObject) -> None:
+def test_g_of_the_kl_is_the_fisher_of_the_model(
+    family: str, order: str, data: st.DataObject
+) -> None:
     """G = J^T H_rho J against sum_y p(y|x) score score^T: no Hessian on the second side."""
-    case = data.draw(meta_cases(), label="case")
-    problem = Problem(case.problem.network, CrossEntropy())
-    X = case.other.inputs
-    G = fsd_hessian(problem.network, CategoricalKL(order), case.theta, X)
-    scale = curvature_error(pass_errors(problem.network, case.theta, X))
+    case = data.draw(meta_cases(losses={family: LIKELIHOODS[family]}), label="case")
+    problem, X = case.problem, case.other.inputs
+    rho = ALL_DISCREPANCIES[f"{family}-{order}"]
+    G = fsd_hessian(problem.network, rho, case.theta, X)
+    passes = pass_errors(problem.network, case.theta, X)
+    scale = curvature_error(passes, np.array(rho.output_hessian(passes.z)))
+    if family == "gaussian-kl":  # e comes out of mu + sigma e, to eps (1 + |mu| / sigma)
+        mu, s = np.split(passes.z, 2, axis=1)
+        scale *= 1.0 + float(np.max(np.abs(mu) * np.exp(-s)))
     assert_close(
         G, exact_fisher(problem, case.theta, X), ROUNDING, size=1, scale=scale, what="Fisher"
     )
+
+
+@given(case=meta_cases(losses={"poisson": PoissonLoss()}))
+def test_g_of_the_poisson_bregman_divergence_is_the_fisher(case) -> None:
+    """KL between Poisson distributions, with two points for each count instead of all counts."""
+    X, rho = case.other.inputs, bregman_of(case.problem.loss)
+    G = fsd_hessian(case.problem.network, rho, case.theta, X)
+    passes = pass_errors(case.problem.network, case.theta, X)
+    scale = curvature_error(passes, np.array(rho.output_hessian(passes.z)))
+    scale *= 1.0 + float(np.exp(passes.z).max())  # the score 1 = (1 + r) - r
+    fisher = exact_fisher(case.problem, case.theta, X)
+    assert_close(G, fisher, ROUNDING, size=1, scale=scale, what="Fisher")
 
 
 @given(case=meta_cases())
@@ -153,22 +198,35 @@ def test_empirical_fisher_is_the_second_moment_of_the_example_gradients(case) ->
     )
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@pytest.mark.parametrize("name", list(CONVEX_LOSSES))
 @given(st.data())
 def test_g_of_the_loss_bregman_divergence_is_the_ggn(name: str, data: st.DataObject) -> None:
     """E[J^T (d^2 L/dz^2) J], with the loss's Hessian by complex steps of its gradient."""
     case = data.draw(meta_cases(), label="case")
-    network, X, loss = case.problem.network, case.other.inputs, LOSSES[name]
+    network, X, loss = case.problem.network, case.other.inputs, CONVEX_LOSSES[name]
     passes = pass_errors(network, case.theta, X)
-    rng, C = np.random.default_rng(0), passes.z.shape[1]
-    T = rng.integers(C, size=len(X)) if name == "cross_entropy" else rng.normal(size=passes.z.shape)
+    T = targets(loss, (len(X), network.output_size), np.random.default_rng(0))
     H = [
         complex_step_jacobian(lambda v, n=n: loss.gradient(v[None], T[n : n + 1])[0], passes.z[n])
         for n in range(len(X))
     ]
     classic = np.mean([J.T @ h @ J for J, h in zip(passes.J, H, strict=True)], axis=0)
-    G = fsd_hessian(network, Bregman(name), case.theta, X)
-    assert_close(G, classic, COMPLEX_STEP, size=1, scale=curvature_error(passes), what="GGN")
+    G = fsd_hessian(network, bregman_of(loss), case.theta, X)
+    scale = curvature_error(passes, np.array(H))
+    assert_close(G, classic, COMPLEX_STEP, size=1, scale=scale, what="GGN")
+
+
+def test_the_ggn_of_a_gaussian_likelihood_is_not_its_fisher() -> None:
+    """In (mu, log sigma) E[J^T (d^2 L/dz^2) J] has the target and a negative eigenvalue."""
+    problem = Problem(Linear(1, 2, bias=False), GaussianNLL())
+    theta, X = np.zeros(2), np.ones((1, 1))
+    H = GaussianNLL().hessian(np.zeros((1, 2)), np.array([[1.0]]))
+    classic = ggn(problem.network.jacobian(theta, X), H)
+    assert_close(classic, np.array([[1.0, 2.0], [2.0, 2.0]]), ROUNDING, what="GGN")
+    assert np.linalg.eigvalsh(classic)[0] < -0.5
+    fisher = exact_fisher(problem, theta, X)
+    assert_close(fisher, np.diag([1.0, 2.0]), FUNCTION, what="Fisher")
+    assert_close(fsd_hessian(problem.network, GaussianKL(), theta, X), fisher, FUNCTION, what="G")
 
 
 @given(case=meta_cases(kinds=["linear", "fixed-head"]), seed=st.integers(0, 2**16))
@@ -308,3 +366,76 @@ def test_ekfac_eigenvalues_are_the_nearest_diagonal_in_the_basis(G, A, B, seed: 
 
     slack = ROUNDING.allowed(size=4, iterations=6) * float(np.linalg.norm(G.matrix))
     assert distance(best) <= distance(other) + slack
+
+
+small_spd = spd_matrices(max_size=3, max_condition=1e2)
+dampings = st.floats(-4.0, 2.0).map(lambda decade: 10.0**decade)
+
+
+@given(A=small_spd, B=small_spd, damping=dampings)
+def test_exact_damped_inverse_inverts_the_damped_kronecker_product(A, B, damping: float) -> None:
+    damped = np.kron(A.matrix, B.matrix) + damping * np.eye(len(A.matrix) * len(B.matrix))
+    inverse = exact_damped_inverse(KFACFactors(A.matrix, B.matrix), damping)
+    condition = float(np.linalg.cond(damped))
+    assert_close(inverse, np.linalg.inv(damped), SOLVE, condition=condition, what="inverse")
+
+
+@given(A=small_spd, B=small_spd, damping=dampings)
+def test_factored_damping_adds_what_its_product_says(A, B, damping: float) -> None:
+    """(A + pi r) kron (B + r/pi) = A kron B + gamma I + r (pi I kron B + A kron I / pi), r^2 =
+    gamma: so the factored inverse is below the exact one, in the order of symmetric matrices.
+    """
+    a, b = A.matrix, B.matrix
+    factored = np.kron(*factored_damped_factors(KFACFactors(a, b), damping))
+    I_a, I_b, r = np.eye(len(a)), np.eye(len(b)), np.sqrt(damping)
+    pi = np.sqrt(np.mean(A.eigenvalues) / np.mean(B.eigenvalues))
+    exact = np.kron(a, b) + damping * np.kron(I_a, I_b)
+    added = r * (pi * np.kron(I_a, b) + np.kron(a, I_b) / pi)
+    assert_close(factored, exact + added, ROUNDING, size=12, what="factored damping")
+    gap = exact_damped_inverse(KFACFactors(a, b), damping) - np.linalg.inv(factored)
+    slack = SOLVE.allowed(condition=float(np.linalg.cond(exact)), size=len(exact))
+    assert np.linalg.eigvalsh(gap)[0] >= -slack * np.linalg.norm(np.linalg.inv(exact))
+
+
+@given(A=small_spd, B=small_spd, decade=st.floats(-1.0, 1.0))
+def test_pi_minimizes_the_trace_of_what_factored_damping_adds(A, B, decade: float) -> None:
+    a, b = A.matrix, B.matrix
+    damped = factored_damped_factors(KFACFactors(a, b), 1.0)
+    pi = float(np.trace(damped.A - a) / len(a))
+
+    def trace(p: float) -> float:
+        return float(p * len(a) * np.trace(b) + np.trace(a) * len(b) / p)
+
+    # pi is read off A + pi I, to eps (|A| + pi) / pi; at its minimum the trace is flat in log pi.
+    relative = 8 * np.finfo(float).eps * (np.abs(a).max() + pi) / pi
+    assert trace(pi) <= trace(pi * 10.0**decade) * (1.0 + relative**2 + ROUNDING.allowed(size=6))
+    # d trace / d log pi = p in tr B - tr A out / p vanishes at pi: the two terms are equal.
+    terms = pi * len(a) * np.trace(b), np.trace(a) * len(b) / pi
+    condition = 1.0 + float(np.abs(a).max()) / pi
+    assert_close(terms[0], terms[1], ROUNDING, size=6, condition=condition, what="the two terms")
+
+
+@given(
+    G=spd_matrices(min_size=4, max_size=4),
+    A=spd_matrices(min_size=2, max_size=2),
+    B=spd_matrices(min_size=2, max_size=2),
+    damping=dampings,
+)
+def test_damped_ekfac_inverse_has_g_on_its_diagonal(G, A, B, damping: float) -> None:
+    """In the eigenbasis, 1 / (u^T G u + gamma) for each eigenvector u of A kron B."""
+    basis = ekfac_basis(KFACFactors(A.matrix, B.matrix))
+    inverse = damped_ekfac_inverse(basis, ekfac_eigenvalues(G.matrix, basis), damping)
+    vectors = np.kron(basis.U_A, basis.U_B)
+    expected = sum(np.outer(u, u) / (u @ G.matrix @ u + damping) for u in vectors.T)
+    condition = (max(G.eigenvalues) + damping) / (min(G.eigenvalues) + damping)
+    assert_close(inverse, expected, SOLVE, condition=condition, size=4, what="EKFAC inverse")
+
+
+def test_damped_inverses_check_their_arguments() -> None:
+    singular = KFACFactors(np.diag([1.0, 0.0]), np.eye(1))
+    with pytest.raises(ValueError, match="`damping` must be positive, got 0; raise `damping`"):
+        exact_damped_inverse(singular, 0.0)
+    with pytest.raises(ValueError, match=r"`damping` must be non-negative and finite, got -1.0"):
+        factored_damped_factors(singular, -1.0)
+    with pytest.raises(ValueError, match="must have positive traces, got 0 and 1 a row; use"):
+        factored_damped_factors(KFACFactors(np.zeros((1, 1)), np.eye(1)), 1.0)

@@ -15,89 +15,155 @@ from reference import (
     complex_step_jacobian,
 )
 from reference.arrays import Array
+from reference.losses import BinaryCrossEntropy, GaussianNLL, PoissonLoss
 from verification.l0_oracle import high_precision as hp
 from verification.l0_oracle.rounding import gradient_error, loss_gradient_error, pass_errors
 from verification.profiles import share
-from verification.strategies import LOSSES, SMOOTH, batches, meta_cases, networks, parameters
-from verification.tolerances import COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
+from verification.strategies import (
+    ALL_LOSSES,
+    CONVEX_LOSSES,
+    LOSSES,
+    SMOOTH,
+    batches,
+    meta_cases,
+    networks,
+    parameters,
+)
+from verification.strategies.outputs import output_shape, outputs, targets
+from verification.tolerances import BITWISE, COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
 
 logits_seed = st.integers(0, 2**16)
 spreads = st.floats(0.0, 30.0)
 
 
+every_loss = pytest.mark.parametrize("name", list(ALL_LOSSES))
+
+
 def draw_outputs(name: str, seed: int, spread: float) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
-    shape = (int(rng.integers(1, 5)), int(rng.integers(1, 5)))
-    z = spread * rng.standard_normal(shape)
-    t = rng.integers(shape[1], size=shape[0]) if name == "cross_entropy" else rng.normal(size=shape)
-    return z, t
+    shape = output_shape(name, rng)
+    return outputs(name, shape, spread, rng), targets(ALL_LOSSES[name], shape, rng)
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+def term_size(name: str, z: Array, t: Array) -> float:
+    """Magnitude of the terms of L and of its derivatives.
+
+    log p = z - logsumexp z is known to eps |z|, and p as well, relatively. An exponential is known
+    relatively; the Gaussian's are 1 / sigma^2 and e^2 = (t - mu)^2 / sigma^2.
+    """
+    size = np.linalg.norm(1.0 + np.abs(z)) + np.linalg.norm(t)
+    if name == "poisson":
+        size = size + np.linalg.norm(np.exp(z)) + np.linalg.norm(t * z)
+    if name == "gaussian_nll":
+        mu, s = np.split(z, 2, axis=1)
+        e = (t - mu) * np.exp(-s)
+        size = size + np.linalg.norm((np.abs(e) + np.exp(-s)) ** 2)
+    return float(size)
+
+
+@every_loss
 @given(seed=logits_seed, spread=spreads)
 def test_gradient_is_the_complex_step_of_the_value(name: str, seed: int, spread: float) -> None:
-    (z, t), loss = draw_outputs(name, seed, spread), LOSSES[name]
+    (z, t), loss = draw_outputs(name, seed, spread), ALL_LOSSES[name]
     numeric = complex_step_jacobian(lambda u: loss.value(u.reshape(z.shape), t), z.ravel())
     # Example n depends on its own outputs alone.
     own = numeric.reshape(len(z), *z.shape)[np.arange(len(z)), np.arange(len(z))]
-    # log p = z - logsumexp z is known to eps |z|, and p as well, relatively.
-    scale = float(np.linalg.norm(1.0 + np.abs(z)) + np.linalg.norm(t))
-    assert_close(loss.gradient(z, t), own, COMPLEX_STEP, scale=scale, what="dL/dz")
+    assert_close(loss.gradient(z, t), own, COMPLEX_STEP, scale=term_size(name, z, t), what="dL/dz")
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@every_loss
 @given(seed=logits_seed, spread=spreads)
 def test_hessian_is_the_complex_step_of_the_gradient(name: str, seed: int, spread: float) -> None:
-    (z, t), loss = draw_outputs(name, seed, spread), LOSSES[name]
+    (z, t), loss = draw_outputs(name, seed, spread), ALL_LOSSES[name]
     H = loss.hessian(z, t)
     for n, row in enumerate(z):
         numeric = complex_step_jacobian(lambda u, n=n: loss.gradient(u[None], t[n : n + 1])[0], row)
-        scale = float(np.linalg.norm(1.0 + np.abs(row)))
+        scale = term_size(name, z[n : n + 1], t[n : n + 1])
         assert_close(H[n], numeric, COMPLEX_STEP, scale=scale, what=f"d^2 L/dz^2 of example {n}")
 
 
+@every_loss
 @given(seed=logits_seed, spread=spreads)
-def test_cross_entropy_is_minus_the_log_probability_in_fifty_digits(
-    seed: int, spread: float
+def test_value_is_minus_the_log_likelihood_in_fifty_digits(
+    name: str, seed: int, spread: float
 ) -> None:
-    z, t = draw_outputs("cross_entropy", seed, spread)
+    """log of the probability or density, up to the constants that the losses name."""
+    z, t = draw_outputs(name, seed, spread)
     with hp.context():
-        exact = [hp.cross_entropy(hp.numbers(row), int(k)) for row, k in zip(z, t, strict=True)]
+        exact = [
+            hp.LOSSES[name](hp.numbers(row), hp.target(name, y))
+            for row, y in zip(z, t, strict=True)
+        ]
+    scale = term_size(name, z, t) ** (2 if name == "squared_error" else 1)
     assert_close(
-        CrossEntropy().value(z, t),
+        ALL_LOSSES[name].value(z, t),
         np.array(exact, dtype=float),
         FUNCTION,
-        scale=float(np.linalg.norm(1.0 + np.abs(z))),
+        scale=scale,
         what="L",
     )
 
 
-@pytest.mark.parametrize("name", list(LOSSES))
+@every_loss
 @given(seed=logits_seed, spread=spreads)
 def test_model_targets_have_the_moments_of_the_predictive_distribution(
     name: str, seed: int, spread: float
 ) -> None:
-    """The score's mean is zero and its covariance is the loss's Hessian (Bartlett's identities)."""
-    (z, _), loss = draw_outputs(name, seed, spread), LOSSES[name]
+    """The score's mean is zero and its covariance the mean Hessian (Bartlett's identities)."""
+    (z, _), loss = draw_outputs(name, seed, spread), ALL_LOSSES[name]
     model = loss.model_targets(z)
     scores = np.stack([-loss.gradient(z, y) for y in model.targets])  # (K, N, C)
     p = model.probabilities.T[:, :, None]
     C = z.shape[1]
     # p = exp(z - logsumexp z) is known to eps |z|, relatively.
     scale = float(np.linalg.norm(1.0 + np.abs(z)) * C)
+    if name == "poisson":  # scores 1 = (1 + r) - r
+        scale += C * float(np.exp(z).max())
+    if name == "gaussian_nll":  # e comes out of mu + sigma e, to eps (1 + |mu| / sigma)
+        mu, s = np.split(z, 2, axis=1)
+        scale *= float(np.max((1.0 + np.abs(mu) * np.exp(-s)) * (1.0 + np.exp(-s)) ** 2))
     ones = np.ones(len(z))
     assert_close(model.probabilities.sum(axis=1), ones, FUNCTION, scale=scale, what="sum of p")
     assert_close(
         np.sum(p * scores, axis=0), np.zeros_like(z), FUNCTION, scale=scale, what="mean of scores"
     )
     covariance = np.einsum("kn,kni,knj->nij", p[..., 0], scores, scores)
+    hessians = np.stack([loss.hessian(z, y) for y in model.targets])
     assert_close(
         covariance,
-        np.array(loss.hessian(z, model.targets[0])),
+        np.einsum("kn,knij->nij", p[..., 0], hessians),
         FUNCTION,
         size=2 * C,
         scale=scale,
         what="covariance of scores",
+    )
+
+
+@pytest.mark.parametrize("name", list(CONVEX_LOSSES))
+@given(seed=logits_seed, spread=spreads)
+def test_convex_losses_have_a_hessian_without_the_target(
+    name: str, seed: int, spread: float
+) -> None:
+    (z, t), loss = draw_outputs(name, seed, spread), ALL_LOSSES[name]
+    other = targets(loss, (len(z), z.shape[1]), np.random.default_rng(seed + 1))
+    H = np.array(loss.hessian(z, t))
+    assert_close(H, np.array(loss.hessian(z, other)), BITWISE, what="d^2 L/dz^2")
+    lowest = np.linalg.eigvalsh(H).min()
+    assert lowest >= -ROUNDING.allowed(size=z.shape[1]) * max(1.0, np.abs(H).max()), lowest
+
+
+@given(seed=logits_seed, spread=spreads)
+def test_gaussian_likelihood_is_not_convex_off_its_mean(seed: int, spread: float) -> None:
+    """Each pair's Hessian has determinant 2 e^2 / sigma^2 - 4 e^2 / sigma^2 < 0 where t != mu."""
+    z, t = draw_outputs("gaussian_nll", seed, spread)
+    H = GaussianNLL().hessian(z, t)
+    mu, s = np.split(z, 2, axis=1)
+    D = mu.shape[1]
+    pairs = np.arange(D)
+    determinant = H[:, pairs, pairs] * H[:, D + pairs, D + pairs] - H[:, pairs, D + pairs] ** 2
+    expected = -2.0 * (t - mu) ** 2 * np.exp(-4.0 * s)
+    assert_close(
+        determinant, expected, FUNCTION, iterations=4, scale=3.0 * float(np.linalg.norm(expected))
     )
 
 
@@ -160,11 +226,7 @@ def test_cost_derivatives_equal_differences_in_fifty_digits(name: str, data: st.
         total = hp.numbers([0.0])[0]
         for x, t in zip(*batch, strict=True):
             z = hp.mlp(u, hp.numbers(x), network.widths, network.activation, bias)
-            total += (
-                hp.squared_error(z, hp.numbers(t))
-                if name == "squared_error"
-                else hp.cross_entropy(z, int(t))
-            )
+            total += hp.LOSSES[name](z, hp.target(name, t))
         return total / len(batch.inputs)
 
     point = hp.numbers(theta)
@@ -204,3 +266,15 @@ def test_cost_derivatives_equal_differences_in_fifty_digits(name: str, data: st.
 def test_squared_error_of_a_perfect_fit_is_zero(seed: int) -> None:
     z, _ = draw_outputs("squared_error", seed, 1.0)
     assert_close(SquaredError().value(z, z), np.zeros(len(z)), ROUNDING, what="L(z, z)")
+
+
+def test_losses_check_their_targets() -> None:
+    z = np.zeros((1, 2))
+    with pytest.raises(ValueError, match=r"`targets` must be 0 or 1, got 0.0\.\.2.0; give bits"):
+        BinaryCrossEntropy().value(z, [[0.0, 2.0]])
+    with pytest.raises(ValueError, match=r"`targets` must be non-negative, got -1.0; give counts"):
+        PoissonLoss().gradient(z, [[-1.0, 0.0]])
+    with pytest.raises(ValueError, match=r"`targets` must have shape \(1, 1\), got \(1, 2\)"):
+        GaussianNLL().value(z, z)
+    with pytest.raises(ValueError, match=r"`z` must hold means, then as many log sigmas, got 3"):
+        GaussianNLL().value(np.zeros((1, 3)), z)

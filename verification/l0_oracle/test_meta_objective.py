@@ -81,7 +81,30 @@ def test_q_is_the_complex_step_of_the_total(case: MetaCase, step) -> None:
     )
 
 
-@pytest.mark.parametrize(("loss", "fsd"), [("linear", "exact"), ("exact", "quadratic")])
+def loss_curvature_size(case: MetaCase, d: Array) -> float:
+    """Norm of the terms of E[(J d)^T |d^2 L/dz^2| (J d)] and of what J's curvature adds to H d.
+
+    Each layer's curvature is at most that of its activations, 1, times the weights around it.
+    """
+    network, X = case.problem.network, case.batch.inputs
+    paths = np.prod(
+        [1.0 + np.linalg.norm(case.theta[layer.parameters]) for layer in network.layers]
+    )
+    return float((paths * (1.0 + np.abs(X).max())) ** 2 * (1.0 + np.abs(d).sum()) ** 2)
+
+
+approximations = pytest.mark.parametrize(
+    ("loss", "fsd"),
+    [
+        ("linear", "exact"),
+        ("quadratic", "exact"),
+        ("gauss_newton", "exact"),
+        ("exact", "quadratic"),
+    ],
+)
+
+
+@approximations
 @given(case=meta_cases(), step=scaled_normals())
 def test_q_of_half_an_approximation_is_the_complex_step_of_its_total(
     loss: str, fsd: str, case: MetaCase, step
@@ -92,10 +115,64 @@ def test_q_of_half_an_approximation_is_the_complex_step_of_its_total(
     G = fsd_hessian(case.problem.network, case.discrepancy, case.theta, case.other.inputs)
     d = np.abs(u) + np.abs(case.theta)
     curved = case.weights.fsd * float(np.linalg.norm(np.abs(G) @ d)) * 2 * len(d)
+    if loss in ("quadratic", "gauss_newton"):
+        curved += loss_curvature_size(case, d) * len(d)
     scale = curved + meta_gradient_error(case.objective(), case.theta, u, *args)
     scale += meta_gradient_error(case.objective(), case.theta, case.theta, *args)
     q = objective.lookahead_gradient(case.theta, u, *args)
     assert_close(q, numeric[0], COMPLEX_STEP, size=1, scale=scale, what="q")
+
+
+@given(case=meta_cases(kinds=["linear", "fixed-head"]), step=scaled_normals())
+def test_on_linear_networks_both_quadratic_losses_agree(case: MetaCase, step) -> None:
+    """H by complex steps of g, G_J by products of Jacobians; with squared error exact as well."""
+    u = step.around(case.theta)
+    args = case.theta, u, case.batch, case.other.inputs
+    kinds = ["quadratic", "gauss_newton"]
+    if isinstance(case.problem.loss, SquaredError):
+        kinds.append("exact")
+    first, *others = (case.objective(kind).terms(*args).loss for kind in kinds)
+    d = np.abs(u) + np.abs(case.theta)
+    size = value_error(case, u) + loss_curvature_size(case, d) * len(d)
+    for kind, other in zip(kinds[1:], others, strict=True):
+        assert_close(
+            np.float64(other), np.float64(first), COMPLEX_STEP, size=1, scale=size, what=kind
+        )
+
+
+@share(0.5)
+@given(case=meta_cases(kinds=["mlp"], smooth=True), step=scaled_normals())
+def test_the_quadratic_loss_is_the_second_taylor_polynomial(case: MetaCase, step) -> None:
+    """Along the step: J_B(theta) + J' + J''/2, with the derivatives from g at complex steps."""
+    u = step.around(case.theta)
+    d, problem, args = u - case.theta, case.problem, case.batch
+    h = 1e-30
+    slope = np.imag(problem.value(case.theta + 1j * h * d, *args)) / h
+    bend = np.imag(problem.gradient(case.theta + 1j * h * d, *args)) @ d / h
+    expected = problem.value(case.theta, *args) + slope + 0.5 * bend
+    actual = case.objective("quadratic").terms(case.theta, u, args, case.other.inputs).loss
+    size = value_error(case, u) + loss_curvature_size(case, np.abs(d)) * len(d)
+    assert_close(
+        np.float64(actual), np.float64(expected), COMPLEX_STEP, size=1, scale=size, what="loss"
+    )
+
+
+@share(0.5)
+@given(case=meta_cases(kinds=["mlp"], smooth=True), step=scaled_normals())
+def test_the_gauss_newton_loss_bends_with_the_outputs_alone(case: MetaCase, step) -> None:
+    """J_B(theta) + E[dL/dz v] + 1/2 E[v (d^2 L/dz^2) v] with v = J d, all by complex steps."""
+    u = step.around(case.theta)
+    d, problem, (X, T) = u - case.theta, case.problem, case.batch
+    h, z = 1e-30, problem.network.outputs(case.theta, X)
+    v = np.imag(problem.network.outputs(case.theta + 1j * h * d, X)) / h
+    bend = np.sum(np.imag(problem.loss.gradient(z + 1j * h * v, T)) / h * v)
+    slope = np.sum(problem.loss.gradient(z, T) * v)
+    expected = problem.value(case.theta, X, T) + (slope + 0.5 * bend) / len(X)
+    actual = case.objective("gauss_newton").terms(case.theta, u, case.batch, X).loss
+    size = value_error(case, u) + loss_curvature_size(case, np.abs(d)) * len(d)
+    assert_close(
+        np.float64(actual), np.float64(expected), COMPLEX_STEP, size=1, scale=size, what="loss"
+    )
 
 
 @share(0.25)

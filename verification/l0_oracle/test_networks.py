@@ -95,6 +95,23 @@ def test_an_mlp_without_hidden_layers_is_linear(data: st.DataObject) -> None:
 
 
 @given(st.data())
+def test_the_identity_makes_a_deep_linear_network(data: st.DataObject) -> None:
+    """z = W_L ... W_1 x, and what the biases add."""
+    network, theta, X = draw_pass(data, kinds=["mlp"], activations=["identity"])
+    product, absolute = np.eye(network.input_size), np.eye(network.input_size)
+    shift = np.zeros(network.input_size)
+    for layer in network.layers:
+        W = layer.weight_matrix(theta)
+        bias = 0.0 if layer.bias is None else theta[layer.bias]
+        product, absolute = W @ product, np.abs(W) @ absolute
+        shift = W @ shift + bias
+    errors = pass_errors(network, theta, X)
+    scale = float(np.linalg.norm(errors.e_z) + np.linalg.norm(np.abs(X) @ absolute.T))
+    expected = X @ product.T + shift
+    assert_close(errors.z, expected, FUNCTION, size=network.size, scale=scale, what="z")
+
+
+@given(st.data())
 def test_fixed_heads_side_by_side_do_not_mix(data: st.DataObject) -> None:
     """Each block of outputs is its own C_l W_l x_l, computed example by example."""
     count = data.draw(st.integers(1, 3), label="layers")
@@ -128,7 +145,7 @@ def test_activation_slopes_are_complex_steps(name: str, s: float) -> None:
     assert_close(sigma.slope(np.array([s])), numeric, COMPLEX_STEP, scale=1.0, what=f"{name}'({s})")
 
 
-@pytest.mark.parametrize("name", SMOOTH)
+@pytest.mark.parametrize("name", [*SMOOTH, "identity"])
 @given(s=st.floats(-50.0, 50.0))
 def test_activations_have_the_values_of_mpmath(name: str, s: float) -> None:
     with hp.context():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import brentq
 
 from reference import (
     MLP,
@@ -24,6 +25,9 @@ from reference import (
     proximity_matrix,
 )
 from reference.arrays import Array
+from reference.discrepancies import BernoulliKL
+from reference.losses import BinaryCrossEntropy
+from reference.proximal_point import search
 from verification.l0_oracle.rounding import meta_gradient_error, meta_value_error
 from verification.profiles import share
 from verification.strategies import (
@@ -267,6 +271,28 @@ def test_certificate_sees_a_saddle() -> None:
     assert exact_step(objective, zero, batch, batch.inputs, start=np.array([0.1, 0.2])).certified
 
 
+def test_certificate_tells_a_maximum_from_a_saddle() -> None:
+    """KL(p || p0) <= log 2 for z0 = 0: with a linear loss Q falls without bound behind a maximum.
+
+    z = theta' and t = 1, so that Q = -z/2 + 4 KL, stationary where p (1 - p) z = 1/8: at a minimum
+    before the bend of p (1 - p) z, at 1.54, and at a maximum after it.
+    """
+    problem = Problem(Linear(1, 1, bias=False), BinaryCrossEntropy())
+    batch, zero = Batch(np.ones((1, 1)), np.ones((1, 1))), np.zeros(1)
+    objective = MetaObjective(problem, BernoulliKL(), 4.0, 0.0, loss="linear")
+
+    def slope(z: float) -> float:
+        return np.exp(z) / (1.0 + np.exp(z)) ** 2 * z - 0.125
+
+    roots = [brentq(slope, *bracket, xtol=1e-15) for bracket in ((0.0, 1.54), (1.54, 9.0))]
+    points = [certify(objective, zero, np.array([z]), batch, batch.inputs) for z in roots]
+    assert [point.kind for point in points] == ["minimum", "maximum"]
+    assert points[0].certified
+    assert not points[1].certified
+    far = objective.terms(zero, np.array([40.0]), batch, batch.inputs).total
+    assert far < points[0].value - 10.0
+
+
 def test_certificate_sees_a_flat_direction() -> None:
     """Softmax does not see a shift of all logits: without WSD the minimizer is not unique."""
     problem = Problem(Linear(1, 2, bias=False), CrossEntropy())
@@ -288,6 +314,67 @@ def test_certificate_sees_a_local_minimum_above_the_start() -> None:
     assert mirrored.rise > 0.0
     assert not mirrored.certified
     assert exact_step(objective, theta, batch, batch.inputs).certified
+
+
+def test_the_exact_proximal_point_is_not_unique() -> None:
+    """f = w2 w1 x with x = t = 1 and theta = (a, -a): swapping and negating both weights keeps Q.
+
+    Off the mirror the residual is -lambda, so w1 w2 = 1 - lambda and w1 - w2 = a (for a = 1), and
+    Q = lambda^2/2 + lambda/2 (w1^2 + w2^2) = lambda^2/2 + lambda/2 (1 + 2 (1 - lambda)).
+    """
+    problem = Problem(MLP([1, 1, 1], "identity", bias=False), SquaredError())
+    batch, theta, wsd = Batch(np.ones((1, 1)), np.ones((1, 1))), np.array([1.0, -1.0]), 0.1
+    objective = MetaObjective(problem, SquaredEuclidean(), 0.0, wsd)
+    starts = [np.array([1.0, 1.0]), np.array([-1.0, -1.0])]
+    found = [p for p in search(objective, theta, batch, batch.inputs, starts).found if p.certified]
+    assert len(found) == 2, found
+    root = np.sqrt(0.25 + 1.0 - wsd)  # w2 (w2 + 1) = 1 - lambda
+    expected = np.array([[root + 0.5, root - 0.5], [0.5 - root, -0.5 - root]])
+    points = np.array(sorted((tuple(p.u) for p in found), reverse=True))
+    # A gradient of 1e-10 leaves u open by that over the smallest eigenvalue of H, 0.16.
+    assert np.abs(points - expected).max() <= max(p.gradient_tolerance / 0.16 for p in found)
+    for point in found:
+        lowest = wsd**2 / 2 + wsd / 2 * (1.0 + 2.0 * (1.0 - wsd))
+        assert_close(np.float64(point.value), np.float64(lowest), ROUNDING, size=4, what="Q")
+
+
+def test_the_global_proximal_point_can_differ_from_the_one_reached_from_theta() -> None:
+    """A wrong sign: from theta the weights shrink to a local minimum; beyond 0 lies a lower one."""
+    problem = Problem(MLP([1, 1, 1], bias=False), SquaredError())
+    batch = Batch(np.array([[1.0], [2.0]]), np.array([[-1.9], [-3.0]]))
+    theta = np.array([2.3, 3.1])
+    objective = MetaObjective(problem, SquaredEuclidean(), 0.0, 0.1)
+    reached = exact_step(objective, theta, batch, batch.inputs)
+    best = search(objective, theta, batch, batch.inputs, [np.array([-1.5, 1.5])]).best
+    assert best is not None
+    assert reached.certified
+    assert best.certified
+    assert reached.value > 3.0 * best.value
+    # No point of a fine grid around theta and both minima lies lower.
+    w1, w2 = np.meshgrid(np.linspace(-6.0, 6.0, 241), np.linspace(-6.0, 6.0, 241))
+    residuals = [w2 * np.tanh(w1 * x) - t for x, t in ((1.0, -1.9), (2.0, -3.0))]
+    wsd = 0.05 * ((w1 - theta[0]) ** 2 + (w2 - theta[1]) ** 2)
+    grid = 0.25 * (residuals[0] ** 2 + residuals[1] ** 2) + wsd
+    assert grid.min() >= best.value
+    assert grid.min() - best.value <= 0.025**2 * 2 * best.max_eigenvalue
+
+
+@share(0.25)
+@given(case=meta_cases(smooth=True, pairs=pairs), seed=st.integers(0, 2**16))
+def test_a_search_is_no_worse_than_the_step_from_theta(case: MetaCase, seed: int) -> None:
+    """Its best is certified, no certified point lies lower, and none is listed twice."""
+    starts = list(case.theta + np.random.default_rng(seed).standard_normal((2, len(case.theta))))
+    args = case.theta, case.batch, case.other.inputs
+    best, found = search(case.objective(), *args, starts)
+    assert best is not None
+    assert best.certified
+    slack = value_slack(case, best.u)
+    assert best.value <= step_of(case).value + slack
+    assert best.value == min(point.value for point in found if point.certified)
+    values = [point.value for point in found]
+    assert values == sorted(values)
+    for k, point in enumerate(found):
+        assert all(np.linalg.norm(point.u - other.u) > 1e-5 for other in found[:k])
 
 
 def test_closed_form_refuses_what_has_no_minimizer() -> None:

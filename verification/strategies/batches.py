@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from reference.losses import CrossEntropy, Loss
+from reference.losses import Loss
 from reference.networks import Network
 from reference.problem import Batch
+from verification.strategies.outputs import targets
 from verification.strategies.readable import SEEDS_UP_TO
 
 
@@ -15,7 +16,7 @@ from verification.strategies.readable import SEEDS_UP_TO
 def batches(
     draw: st.DrawFn, network: Network, loss: Loss, *, min_size: int = 1, max_size: int = 5
 ) -> Batch:
-    """Normal inputs, with normal targets (squared error) or uniform labels (cross-entropy).
+    """Normal inputs, with the targets that the loss is defined for.
 
     Args:
         draw: given by Hypothesis.
@@ -27,6 +28,4 @@ def batches(
     examples = draw(st.integers(min_size, max_size), label="examples")
     rng = np.random.default_rng(draw(st.integers(0, SEEDS_UP_TO), label="batch seed"))
     inputs = rng.standard_normal((examples, network.input_size))
-    if isinstance(loss, CrossEntropy):
-        return Batch(inputs, rng.integers(network.output_size, size=examples))
-    return Batch(inputs, rng.standard_normal((examples, network.output_size)))
+    return Batch(inputs, targets(loss, (examples, network.output_size), rng))

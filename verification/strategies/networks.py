@@ -26,6 +26,7 @@ def networks(
     min_outputs: int = 1,
     max_width: int = 3,
     max_hidden: int = 2,
+    even: bool = False,
 ) -> Network:
     """A linear model, a multi-layer perceptron or parallel layers with fixed heads.
 
@@ -36,10 +37,12 @@ def networks(
         min_outputs: the fewest outputs C (2 for a softmax that is not constant).
         max_width: the widest layer.
         max_hidden: the most hidden layers.
+        even: two outputs: a mean and a log sigma.
     """
     kind = draw(st.sampled_from(list(kinds)), label="network")
     widths = st.integers(1, max_width)
-    outputs = draw(st.integers(min_outputs, max(min_outputs, max_width)), label="outputs")
+    C = st.just(2) if even else st.integers(min_outputs, max(min_outputs, max_width))
+    outputs = draw(C, label="outputs")
     if kind == "fixed-head":
         shapes = draw(st.lists(st.tuples(widths, widths), min_size=1, max_size=2), label="shapes")
         seed = draw(st.integers(0, SEEDS_UP_TO), label="head seed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from reference.arrays import Array
 from reference.discrepancies import Discrepancy
-from reference.losses import CrossEntropy, Loss, SquaredError
+from reference.losses import CrossEntropy, GaussianNLL, Loss, SquaredError
 from reference.meta_objective import MetaObjective
 from reference.problem import Batch, Problem
 from verification.strategies.batches import batches
@@ -73,6 +73,9 @@ def meta_cases(
     kinds: Sequence[str] = NETWORK_KINDS,
     smooth: bool = False,
     pairs: st.SearchStrategy[ProximityWeights] | None = None,
+    losses: Mapping[str, Loss] = LOSSES,
+    rhos: st.SearchStrategy[Discrepancy] | None = None,
+    small: bool = False,
 ) -> MetaCase:
     """A problem with everything that Q needs.
 
@@ -81,15 +84,22 @@ def meta_cases(
         kinds: of `NETWORK_KINDS`.
         smooth: leave ReLU out, for finite differences.
         pairs: of λ_FSD and λ_WSD.
+        losses: to choose from; those that the engine has by default.
+        rhos: the discrepancies; those that the engine has by default.
+        small: at most one hidden layer and two units in each, for what costs n² gradients.
     """
-    loss = LOSSES[draw(st.sampled_from(list(LOSSES)), label="loss")]
+    loss = losses[draw(st.sampled_from(list(losses)), label="loss")]
     activations = SMOOTH if smooth else (*SMOOTH, "relu")
-    network = draw(networks(kinds=kinds, activations=activations), label="network")
+    even = isinstance(loss, GaussianNLL)
+    sizes = {"max_width": 2, "max_hidden": 1} if small else {}
+    network = draw(
+        networks(kinds=kinds, activations=activations, even=even, **sizes), label="network"
+    )
     return MetaCase(
         problem=Problem(network, loss),
         theta=draw(parameters(network), label="θ"),
         batch=draw(batches(network, loss), label="B"),
         other=draw(batches(network, loss), label="B'"),
-        discrepancy=draw(discrepancies(), label="discrepancy"),
+        discrepancy=draw(discrepancies() if rhos is None else rhos, label="discrepancy"),
         weights=draw(proximity_weights() if pairs is None else pairs, label="weights"),
     )
