@@ -117,7 +117,7 @@ class TheoremOneRegion(Experiment):
                 1,
                 f"eq. 15 is false from some T on: {_horizons(record)}",
             )
-            for record in records
+            for record in _in_order(records)
         ]
 
     def draw(self, records: Sequence[Record], figure: Figure) -> None:
@@ -140,7 +140,9 @@ class TheoremOneRegion(Experiment):
         axes.plot(bend, corrected, "k--", label="corrected: λ ≥ max(CG, L)/2")
         single = bend[bend <= 1.0 / 3.0]
         axes.plot(single, (1.0 + single) / 4.0, "k:", label="one branch: λ = (L + CG)/4")
-        for record, marker, color in zip(records, ("x", "."), ("C1", "C0"), strict=False):
+        for record, marker, color in zip(
+            _in_order(records), ("x", "."), ("C1", "C0"), strict=False
+        ):
             failed = np.array(record.curve("failed")) > 0.0
             axes.scatter(
                 np.array(record.curve("bend"))[failed],
@@ -165,6 +167,11 @@ class TheoremOneRegion(Experiment):
             f"for ever, up to λ = {highest:.2f} L; none can from max(CG, L)/2 on, which is proved. "
             "Deterministic runs: no interval."
         )
+
+
+def _in_order(records: Sequence[Record]) -> list[Record]:
+    """One record for each family, the circle first."""
+    return sorted(records, key=lambda record: list(FAMILIES).index(record.options["family"]))
 
 
 def _descend(cycle: Cycle, steps: int) -> tuple[float, float]:

@@ -87,6 +87,13 @@ def test_every_claim_of_both_papers_has_one_row() -> None:
     assert set(ids) == set(EVERY_ID)
 
 
+def test_every_claim_of_theory_is_decided() -> None:
+    """The rows up to P18 Table 2 are theory: a test verifies each, or refutes it as printed."""
+    theory = EVERY_ID[: EVERY_ID.index("p18-tab2") + 1]
+    statuses = {claim.id: claim.status for claim in load_claims()}
+    assert {id_ for id_ in theory if statuses[id_] not in ("verified", "refuted")} == set()
+
+
 def test_claims_fit_the_table() -> None:
     assert [claim.id for claim in load_claims() if len(claim.claim) > 58] == []
 
