@@ -22,7 +22,8 @@ def table(claims: list[Claim]) -> str:
         for slip in claim.errata:
             files = dict.fromkeys(test.partition("::")[0] for test in slip.tests)
             shown = ", ".join(f"[{Path(file).stem}]({file})" for file in files)
-            lines.append(f"| {slip.where} | {slip.printed} | {slip.meant} | {shown} |")
+            cells = [cell.replace("|", "\\|") for cell in (slip.where, slip.printed, slip.meant)]
+            lines.append(f"| {' | '.join(cells)} | {shown} |")
     return "\n".join(lines)
 
 

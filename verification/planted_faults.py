@@ -138,6 +138,78 @@ FAULTS = (
         "torch._foreach_add_(params, updates, alpha=self.update_scale)",
         "torch._foreach_add_(params, updates)",
     ),
+    Fault(
+        "the second moment forgets all but the new gradient, in RMSprop",
+        "apo_core/rules/rmsprop.py",
+        "value=1 - self.smoothing",
+        "value=self.smoothing",
+    ),
+    Fault(
+        "the bias of v corrected as that of m, in Adam",
+        "apo_core/rules/adam.py",
+        "(1 - second**t)",
+        "(1 - first**t)",
+    ),
+    Fault(
+        "the lookahead moves the optimizer's own state, in LearningRate",
+        "apo_core/rules/learning_rate.py",
+        "target[key] = value.clone()",
+        "target[key] = value",
+    ),
+    Fault(
+        "no derivative in the learning rate, in LearningRate",
+        "apo_core/rules/learning_rate.py",
+        "grow = 1.0 + (self.log_lr - self.log_lr.detach())",
+        "grow = 1.0 + 2.0 * (self.log_lr - self.log_lr.detach())",
+    ),
+    Fault(
+        "half of the corrected condition of P18 Theorem 1, in the oracle",
+        "reference/output_space.py",
+        "return max(C * G, L) / 2.0",
+        "return max(C * G, L) / 4.0",
+    ),
+    Fault(
+        "2 lambda for lambda in eq. 14, in the oracle",
+        "reference/output_space.py",
+        "manifold.project(Z - gradient / (2.0 * weight))",
+        "manifold.project(Z - gradient / weight)",
+    ),
+    Fault(
+        "the geodesic of Lemma 1 uphill, in the oracle",
+        "reference/output_space.py",
+        "manifold.geodesic(Z, -g / norm,",
+        "manifold.geodesic(Z, g / norm,",
+    ),
+    Fault(
+        "the noise left out of a step on the noisy quadratic, in the oracle",
+        "reference/noisy_quadratic.py",
+        "+ sh**2 * self.v)",
+        "+ sh * self.v)",
+    ),
+    Fault(
+        "the adjoint of a schedule without its square, in the oracle",
+        "reference/schedules.py",
+        "p = p * (1.0 - eta * k) ** 2",
+        "p = p * (1.0 - eta * k)",
+    ),
+    Fault(
+        "KFC's B summed over the positions, in the oracle",
+        "reference/curvature.py",
+        "/ (N * T)",
+        "/ N",
+    ),
+    Fault(
+        "conjugate gradients without conjugation, in the oracle",
+        "reference/classical_methods.py",
+        "direction = residual + (residual @ residual) / square * direction",
+        "direction = residual",
+    ),
+    Fault(
+        "the Bernoulli KL's slope without 1 - p, in the oracle",
+        "reference/discrepancies.py",
+        "return p * (1.0 - p) * (z - z0) if",
+        "return p * (z - z0) if",
+    ),
 )
 
 

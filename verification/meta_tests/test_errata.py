@@ -20,6 +20,12 @@ def test_a_row_says_where_what_and_how_it_is_shown() -> None:
     )
 
 
+def test_a_bar_in_a_formula_does_not_end_its_cell() -> None:
+    slip = Erratum("P18 eq. 9", "p(y | z)", "p(y | z̃)", SLIP.tests)
+    claim = Claim("p18-eq7-9", "a claim", "P18", "verified", tests=SLIP.tests, errata=(slip,))
+    assert "| p(y \\| z) | p(y \\| z̃) |" in table([claim])
+
+
 def test_the_table_replaces_what_stood_between_the_markers() -> None:
     readme = f"before\n{BEGIN}\nold\n{END}\nafter"
     written = inserted(readme, [CLAIM])
