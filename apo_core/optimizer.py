@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from apo_core.distributed import mean_over_ranks, without_synchronization
 from apo_core.lookahead import undisturbed
 from apo_core.objective import ProximalObjective
 from apo_core.types import Closure, ProximalTerms, trainable_parameters
@@ -54,7 +55,9 @@ class APO(torch.optim.Optimizer):
 
     Args:
         model: the module to train. A meta-step leaves its parameters, gradients and buffers and
-            torch's random state as they were.
+            torch's random state as they were. Under DistributedDataParallel the wrapped model, on
+            which the closures run as well: φ is then the same on every rank, at one all-reduce of
+            |φ| + 3 numbers a meta-step.
         rule: u(θ, φ, g), built on the same model.
         objective: Q.
         meta_optimizer: any `torch.optim` object over `rule.parameters()`. P22 uses RMSprop with
@@ -170,11 +173,10 @@ class APO(torch.optim.Optimizer):
         with torch.enable_grad():
             updates, _ = self.rule([p.detach() for p in params], grads, state)
         self._require_updates(updates)
-        with undisturbed(self.model) as rewind:
+        with undisturbed(self.model) as rewind, without_synchronization(self.model):
             detached = [u.detach() for u in updates]
             terms, q = self.objective.gradient(params, grads, detached, loss, outputs, rewind)
-        self._pull_back(updates, [scale * qi for qi in q] if scale != 1.0 else q)
-        return terms
+        return self._pull_back(updates, [scale * qi for qi in q] if scale != 1.0 else q, terms)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -312,22 +314,29 @@ class APO(torch.optim.Optimizer):
                 f"{got}; build the rule on the model that APO trains."
             )
 
-    def _pull_back(self, updates: list[Tensor], q: list[Tensor]) -> None:
-        """φ.grad += (∂Δ/∂φ)ᵀ q."""
+    def _pull_back(
+        self, updates: list[Tensor], q: list[Tensor], terms: ProximalTerms
+    ) -> ProximalTerms:
+        """φ.grad += (∂Δ/∂φ)ᵀ q; the gradient, and the terms, are means over the ranks."""
         phi = {name: p for name, p in self.rule.named_parameters() if p.requires_grad}
         reached = [(u, qi) for u, qi in zip(updates, q, strict=True) if u.requires_grad]
         pulled: tuple[Tensor | None, ...] = (None,) * len(phi)
         if reached:
             outputs, weights = zip(*reached, strict=True)
             pulled = torch.autograd.grad(outputs, list(phi.values()), weights, allow_unused=True)
-        for (name, p), gradient in zip(phi.items(), pulled, strict=True):
+        gradients: list[Tensor] = []
+        for name, gradient in zip(phi, pulled, strict=True):
             if gradient is None:
                 raise RuntimeError(
                     f"the update of {type(self.rule).__name__} must be differentiable in φ, got "
                     f"one that does not depend on `{name}`; compute it from the parameter itself "
                     "(no .data, .item() or detach()) or freeze it with requires_grad_(False)."
                 )
+            gradients.append(gradient)
+        *gradients, loss, fsd, wsd = mean_over_ranks(self.model, [*gradients, *terms])
+        for p, gradient in zip(phi.values(), gradients, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
+        return ProximalTerms(loss, fsd, wsd)
 
     def _meta_gradient_is_finite(self) -> bool:
         grads = [p.grad for p in self.rule.parameters() if p.grad is not None]
