@@ -1,11 +1,31 @@
 """Amortized Proximal Optimization: an optimizer's own parameters, learned online."""
 
 from apo_core import rules
-from apo_core.discrepancies import Bregman, CategoricalKL, Discrepancy, SquaredEuclidean
+from apo_core.discrepancies import (
+    BernoulliKL,
+    Bregman,
+    CategoricalKL,
+    Discrepancy,
+    GaussianKL,
+    SquaredEuclidean,
+)
 from apo_core.objective import ProximalObjective
 from apo_core.optimizer import APO, Warmup
-from apo_core.preconditioners import EKFAC, Dense, Diagonal, Preconditioner
-from apo_core.types import ProximalTerms
+from apo_core.preconditioners import (
+    EKFAC,
+    BlockDiagonal,
+    BlockEKFAC,
+    Dense,
+    Diagonal,
+    EmbeddingEKFAC,
+    Kronecker,
+    LowRank,
+    OneSided,
+    Preconditioner,
+    Scalar,
+    Stacked,
+)
+from apo_core.types import Masked, ProximalTerms
 from apo_core.update_rule import UpdateRule
 
 __version__ = "0.1.0"
@@ -13,15 +33,26 @@ __version__ = "0.1.0"
 __all__ = [
     "APO",
     "EKFAC",
+    "BernoulliKL",
+    "BlockDiagonal",
+    "BlockEKFAC",
     "Bregman",
     "CategoricalKL",
     "Dense",
     "Diagonal",
     "Discrepancy",
+    "EmbeddingEKFAC",
+    "GaussianKL",
+    "Kronecker",
+    "LowRank",
+    "Masked",
+    "OneSided",
     "Preconditioner",
     "ProximalObjective",
     "ProximalTerms",
+    "Scalar",
     "SquaredEuclidean",
+    "Stacked",
     "UpdateRule",
     "Warmup",
     "rules",

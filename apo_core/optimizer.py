@@ -14,7 +14,6 @@ Source: P22 Algorithm 1.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, final
@@ -22,10 +21,11 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor, nn
 
+from apo_core.diagnostics import describe_phi, describe_q
 from apo_core.distributed import mean_over_ranks, without_synchronization
 from apo_core.lookahead import undisturbed
 from apo_core.objective import ProximalObjective
-from apo_core.types import Closure, ProximalTerms, trainable_parameters
+from apo_core.types import Closure, OutputsClosure, ProximalTerms, State, trainable_parameters
 from apo_core.update_rule import UpdateRule
 
 
@@ -95,7 +95,7 @@ class APO(torch.optim.Optimizer):
         _require_phi(rule, meta_optimizer)
         if not (isinstance(interval, int) and interval >= 1):
             raise ValueError(f"`interval` must be an integer of at least 1, got {interval!r}.")
-        if not (math.isfinite(update_scale) and 0 < update_scale <= 1):
+        if not 0 < update_scale <= 1:
             raise ValueError(f"`update_scale` must lie in (0, 1], got {update_scale}.")
         if warmup is not None and warmup.steps < 0:
             raise ValueError(f"`warmup.steps` must be at least 0, got {warmup.steps}.")
@@ -111,6 +111,7 @@ class APO(torch.optim.Optimizer):
         self.steps = 0
         self.meta_steps = 0
         self.skipped_meta_steps = 0
+        self._last_terms: ProximalTerms | None = None
 
     @property
     def _params(self) -> list[Tensor]:
@@ -121,7 +122,7 @@ class APO(torch.optim.Optimizer):
         """Whether this step is one of every K that has a meta-step: t mod K = 0."""
         return self.steps % self.interval == 0
 
-    def meta_step(self, *, loss: Closure, outputs: Closure | None = None) -> ProximalTerms:
+    def meta_step(self, *, loss: Closure, outputs: OutputsClosure | None = None) -> ProximalTerms:
         """φ ← φ − α ∇Q(φ): one step of the meta-optimizer, at the gradients g now in `.grad`.
 
         Args:
@@ -133,13 +134,15 @@ class APO(torch.optim.Optimizer):
             The addends of Q, before φ changed.
 
         Raises:
-            RuntimeError: a gradient is missing or not finite; the update does not depend on φ.
+            RuntimeError: no gradient is there, or one is not finite; the update does not depend on
+                φ.
             ValueError: a closure returned something of the wrong shape, or non-finite outputs at θ.
         """
         if isinstance(self.meta_optimizer, torch.optim.LBFGS):
             return self._solve(self.meta_optimizer, loss, outputs)
         self.meta_optimizer.zero_grad()
         terms = self.meta_backward(loss=loss, outputs=outputs)
+        self._last_terms = terms
         if self._meta_gradient_is_finite():
             self.meta_optimizer.step()
             self.meta_steps += 1
@@ -148,7 +151,7 @@ class APO(torch.optim.Optimizer):
         return terms
 
     def meta_backward(
-        self, *, loss: Closure, outputs: Closure | None = None, scale: float = 1.0
+        self, *, loss: Closure, outputs: OutputsClosure | None = None, scale: float = 1.0
     ) -> ProximalTerms:
         """Add `scale` · dQ/dφ = (∂Δ/∂φ)ᵀ q to φ's `.grad`; φ and θ stay.
 
@@ -167,12 +170,10 @@ class APO(torch.optim.Optimizer):
             RuntimeError: as in `meta_step`.
             ValueError: as in `meta_step`.
         """
-        grads = self._gradients(check_finite=True)
         params = self._params
         state = self.rule_state if self.rule.lookahead_from_state else {}
         with torch.enable_grad():
-            updates, _ = self.rule([p.detach() for p in params], grads, state)
-        self._require_updates(updates)
+            grads, updates, _ = self._update(state, check_finite=True)
         with undisturbed(self.model) as rewind, without_synchronization(self.model):
             detached = [u.detach() for u in updates]
             terms, q = self.objective.gradient(params, grads, detached, loss, outputs, rewind)
@@ -189,8 +190,8 @@ class APO(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: a gradient is missing, or (seen at once on the CPU, on other devices at
-                the next meta-step, to spare a synchronization) not finite.
+            RuntimeError: every gradient is missing, or one is not finite (seen at once on the CPU,
+                on other devices at the next meta-step, to spare a synchronization).
         """
         loss = None
         if closure is not None:
@@ -200,8 +201,8 @@ class APO(torch.optim.Optimizer):
             self.warmup.optimizer.step()
         else:
             params = self._params
-            grads = self._gradients(check_finite=params[0].device.type == "cpu")
-            updates, self.rule_state = self.rule(params, grads, self.rule_state)
+            on_cpu = params[0].device.type == "cpu"
+            _, updates, self.rule_state = self._update(self.rule_state, check_finite=on_cpu)
             torch._foreach_add_(params, updates, alpha=self.update_scale)
         self.steps += 1
         return loss
@@ -218,6 +219,22 @@ class APO(torch.optim.Optimizer):
                 "new rule and a new APO once the model has all its parameters."
             )
         super().add_param_group(param_group)
+
+    @property
+    def diagnostics(self) -> dict[str, float]:
+        """What a log shows, as numbers; reading them waits for the device.
+
+        The counters; after a meta-step Q and its addends before φ changed, and the norm of the
+        meta-gradient; the least, mean and largest entry of every φ, in its own coordinates.
+        """
+        counted = ("steps", "meta_steps", "skipped_meta_steps")
+        counters = {name: float(getattr(self, name)) for name in counted}
+        last = describe_q(self._last_terms, self.rule) if self._last_terms is not None else {}
+        return counters | last | describe_phi(self.rule)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All of it: a deep copy or a pickle holds its own model, rule and optimizers."""
+        return self.__dict__.copy()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on: φ, the rule's state, all optimizers, the counters.
@@ -265,7 +282,7 @@ class APO(torch.optim.Optimizer):
         self.skipped_meta_steps = state_dict["skipped_meta_steps"]
 
     def _solve(
-        self, solver: torch.optim.LBFGS, loss: Closure, outputs: Closure | None
+        self, solver: torch.optim.LBFGS, loss: Closure, outputs: OutputsClosure | None
     ) -> ProximalTerms:
         """A meta-step of a meta-optimizer that evaluates Q several times."""
         phi: list[Tensor] = [p for p in self.rule.parameters() if p.requires_grad]
@@ -286,19 +303,28 @@ class APO(torch.optim.Optimizer):
             self._skip()
         return evaluations[0]
 
+    def _update(self, state: State, check_finite: bool) -> tuple[list[Tensor], list[Tensor], State]:
+        """g, Δ and the next state. A parameter without gradient stays, and so does its state."""
+        params = [p.detach() for p in self._params]
+        grads = self._gradients(check_finite)
+        updates, next_state = self.rule(params, grads, state)
+        self._require_updates(updates)
+        for index, p in enumerate(self._params):
+            if p.grad is None:
+                updates[index] = 0.0 * updates[index]  # with a graph: dQ/dφ is 0 there
+                for name in next_state.keys() & state.keys():
+                    next_state[name][index] = state[name][index]
+        return grads, updates, next_state
+
     def _gradients(self, check_finite: bool) -> list[Tensor]:
-        """g, one for each parameter."""
-        missing = [name for name, p in self._named.items() if p.grad is None]
-        if missing:
-            raise RuntimeError(
-                f"parameter `{missing[0]}` must have a gradient, got None; call backward() on the "
-                "loss first, or freeze it with requires_grad_(False) before the rule is built."
-            )
-        grads = [p.grad for p in self._named.values() if p.grad is not None]
+        """g, one for each parameter, zero for one that has none."""
+        if all(p.grad is None for p in self._params):
+            raise RuntimeError("a parameter must have a gradient, got none; call backward() first.")
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         if check_finite:
             norms = torch.stack(torch._foreach_norm(grads))
             if not bool(norms.isfinite().all()):
-                worst = [not math.isfinite(value) for value in norms.tolist()].index(True)
+                worst = norms.isfinite().tolist().index(False)
                 raise RuntimeError(
                     f"the gradient of parameter `{list(self._named)[worst]}` must be finite, got "
                     "NaN or infinity; check the mini-batch and the loss. Neither θ nor φ changed."

@@ -126,7 +126,8 @@ def check_zero_gradient(rule: UpdateRule, model: nn.Module, generator: torch.Gen
     params, grads, state = _inputs(rule, model, generator)
     updates, _ = rule(params, [torch.zeros_like(g) for g in grads], state)
     total = torch.stack([u.sum() for u in updates]).sum()
-    pulled = torch.autograd.grad(total, list(rule.parameters()), allow_unused=True)
+    learned = [phi for phi in rule.parameters() if phi.requires_grad]
+    pulled = torch.autograd.grad(total, learned, allow_unused=True)
     for value in [*updates, *(p for p in pulled if p is not None)]:
         assert bool(value.isfinite().all()), (
             f"a zero gradient must give finite updates and derivatives, got {value}; add an ε "

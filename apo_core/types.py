@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -16,6 +16,28 @@ State: TypeAlias = dict[str, Tensors]
 
 Closure: TypeAlias = Callable[[], Tensor]
 """A forward pass of the user's model at its present parameters: the loss, or the outputs."""
+
+
+class Masked(NamedTuple):
+    """Outputs of which some positions do not count: D_F = Σ w ρ / Σ w over the positions.
+
+    Args:
+        outputs: (batch, ..., outputs), as the network returns them; what stands at a position of
+            weight 0 is never looked at, and may be NaN.
+        mask: w, bool or non-negative weights, some of them positive: (batch,) for one an example,
+            (batch, tokens) for one a token. Its shape begins that of `outputs`, and says what a
+            position is: without a mask ρ is summed over the tokens of an example instead.
+    """
+
+    outputs: Tensor
+    mask: Tensor
+
+
+Outputs: TypeAlias = Tensor | Masked | Sequence[Tensor | Masked] | Mapping[str, Tensor | Masked]
+"""What the network returns for B', (batch, ..., outputs): one tensor or several, each its own."""
+
+OutputsClosure: TypeAlias = Callable[[], Outputs]
+"""A forward pass of the user's model on B' at its present parameters."""
 
 
 class ProximalTerms(NamedTuple):

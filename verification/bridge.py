@@ -21,7 +21,14 @@ from torch.nn import functional as F
 
 import apo_core as apo
 from reference.arrays import Array
-from reference.discrepancies import Bregman, CategoricalKL, Discrepancy, SquaredEuclidean
+from reference.discrepancies import (
+    BernoulliKL,
+    Bregman,
+    CategoricalKL,
+    Discrepancy,
+    GaussianKL,
+    SquaredEuclidean,
+)
 from reference.losses import Loss, SquaredError
 from reference.networks import MLP, FixedHead, Linear, Network
 from reference.problem import Batch, Problem
@@ -197,12 +204,17 @@ def discrepancy(rho: Discrepancy) -> apo.Discrepancy:
     """
     if isinstance(rho, SquaredEuclidean):
         return apo.SquaredEuclidean(half=rho.half)
-    if isinstance(rho, CategoricalKL):
-        current_first = rho.order == "current_lookahead"
-        return apo.CategoricalKL("current_lookahead" if current_first else "lookahead_current")
-    if isinstance(rho, Bregman):
-        squared = rho.potential == "squared_error"
-        return apo.Bregman("squared_error" if squared else "cross_entropy")
+    for oracle, engine in (
+        (CategoricalKL, apo.CategoricalKL),
+        (BernoulliKL, apo.BernoulliKL),
+        (GaussianKL, apo.GaussianKL),
+    ):
+        if isinstance(rho, oracle):
+            current_first = rho.order == "current_lookahead"
+            return engine("current_lookahead" if current_first else "lookahead_current")
+    for potential in ("squared_error", "cross_entropy", "binary_cross_entropy", "poisson"):
+        if isinstance(rho, Bregman) and rho.potential == potential:
+            return apo.Bregman(potential)
     raise TypeError(f"`rho` must have a twin in apo_core, got {type(rho).__name__}.")
 
 

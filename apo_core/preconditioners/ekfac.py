@@ -7,10 +7,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.preconditioners.preconditioner import Preconditioner, require_scale
-from apo_core.types import phi_dtype
-
-_MATRIX_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from apo_core.preconditioners.preconditioner import Preconditioner, phi_like, require_scale
+from apo_core.preconditioners.weights import is_layer_weight, matrix_shape
 
 
 @final
@@ -38,14 +36,8 @@ class EKFAC(Preconditioner):
 
     def __init__(self, parameter: Tensor, initial_scale: float = 1.0) -> None:
         super().__init__()
-        if parameter.dim() < 2:
-            raise ValueError(
-                "`parameter` must be a weight (out, in, ...), got shape "
-                f"{tuple(parameter.shape)}; use Diagonal for vectors."
-            )
-        weight = parameter.flatten(1)
-        outputs, inputs = weight.shape
-        like = {"dtype": phi_dtype(parameter.dtype), "device": parameter.device}
+        outputs, inputs = matrix_shape(parameter)
+        like = phi_like(parameter)
         self.A = nn.Parameter(torch.eye(inputs, **like))
         self.B = nn.Parameter(torch.eye(outputs, **like))
         self.S = nn.Parameter(torch.full((outputs, inputs), require_scale(initial_scale), **like))
@@ -53,7 +45,7 @@ class EKFAC(Preconditioner):
     @staticmethod
     def accepts(owner: nn.Module, parameter: Tensor) -> bool:
         """Weights of Linear and Conv layers."""
-        return isinstance(owner, _MATRIX_LAYERS) and parameter.dim() >= 2
+        return is_layer_weight(owner, parameter)
 
     def forward(self, grad: Tensor) -> Tensor:
         """B (S² ⊙ Bᵀ ∇W A) Aᵀ, eq. 10."""

@@ -98,5 +98,5 @@ class Adam(UpdateRule):
             direction = (mi / (1 - first**t)) / ((vi / (1 - second**t)).sqrt() + eps)
             if self.weight_decay:
                 direction = direction + self.weight_decay * p
-            updates.append((-eta * direction).to(p.dtype))
+            updates.append((-eta * direction).to(p.dtype).view_as(p))
         return updates, {"exp_avg": m, "exp_avg_sq": v, "step": steps}

@@ -44,9 +44,12 @@ class Layers:
         return nn.Parameter(phi, requires_grad=learned)
 
     def spread(self, phi: Tensor) -> list[Tensor]:
-        """exp(φ) of each parameter, 0-d, differentiable."""
-        values = phi.exp()
-        return [values[layer] for layer in self._of] if self.names else [values] * len(self._of)
+        """exp(φ) of each parameter, (1,), differentiable.
+
+        Not 0-d: a 0-d φ would be rounded to the 16 bits of a parameter that it is multiplied with.
+        """
+        values = phi.exp().reshape(-1, 1)
+        return [values[layer] for layer in self._of]
 
 
 def require_learned(learn: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -101,9 +101,9 @@ class LearningRate(UpdateRule):
                 self._require_linear(steps, self._step(params, grads, state, factor=2.0)[0])
             # The factor is 1; its derivative in φ is 1.
             grow = 1.0 + (self.log_lr - self.log_lr.detach())
-            factors = list(grow.unbind()) if grow.dim() else [grow] * (max(self._groups) + 1)
+            factors = grow.reshape(-1, 1)  # not 0-d: in 32 bits beside a 16-bit step
             steps = [
-                (factors[group] * step).to(step.dtype)
+                (factors[group] * step).to(step.dtype).view_as(step)
                 for group, step in zip(self._groups, steps, strict=True)
             ]
         return steps, next_state

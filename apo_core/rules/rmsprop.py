@@ -87,7 +87,7 @@ class RMSprop(UpdateRule):
         torch._foreach_addcmul_(squares, grads, grads, value=1 - self.smoothing)
         phi = zip(*map(self._layers.spread, (self.log_lr, self.log_rho, self.log_eps)), strict=True)
         updates = [
-            (-eta * (g / (_power(s, rho) + eps))).to(g.dtype)
+            (-eta * (g / (_power(s, rho) + eps))).to(g.dtype).view_as(g)
             for g, s, (eta, rho, eps) in zip(grads, squares, phi, strict=True)
         ]
         return updates, {"square_avg": squares}

@@ -77,7 +77,9 @@ class SGD(UpdateRule):
             direction = _added(grads, v, alpha=self.momentum) if self.nesterov else v
             next_state = {"momentum": v}
         rates = self._layers.spread(self.log_lr)
-        updates = [(-eta * d).to(d.dtype) for eta, d in zip(rates, direction, strict=True)]
+        updates = [
+            (-eta * d).to(d.dtype).view_as(d) for eta, d in zip(rates, direction, strict=True)
+        ]
         return updates, next_state
 
 

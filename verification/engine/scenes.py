@@ -20,6 +20,15 @@ RULES: dict[str, Callable[[nn.Module], apo.UpdateRule]] = {
     "heavy ball ahead": lambda model: apo.rules.SGD(
         model, lr=0.05, momentum=0.9, lookahead_momentum=True
     ),
+    "rmsprop": lambda model: apo.rules.RMSprop(
+        model, 0.01, eps=1e-2, learn=("lr", "rho", "eps"), per_layer=True
+    ),
+    "adamw": lambda model: apo.rules.Adam(
+        model, 0.01, eps=1e-3, weight_decay=0.1, learn=("lr", "eps")
+    ),
+    "any optimizer": lambda model: apo.rules.LearningRate(
+        model, torch.optim.NAdam(model.parameters(), lr=0.01)
+    ),
     "diagonal": lambda model: apo.rules.Preconditioned(model, apo.Diagonal, 0.2),
     "dense": lambda model: apo.rules.Preconditioned(model, apo.Dense, 0.2),
     "ekfac": lambda model: apo.rules.Preconditioned(model, apo.EKFAC, 0.2),

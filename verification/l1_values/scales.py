@@ -27,6 +27,7 @@ from verification.l0_oracle.rounding import (
     pass_errors,
 )
 from verification.strategies import MetaCase
+from verification.strategies.outputs import exponentiated
 
 
 class TermErrors(NamedTuple):
@@ -57,10 +58,16 @@ def lookahead_gradient_error(
         fsd = float(np.linalg.norm(_curvature_error(case, there, d)))
     total += objective.fsd_weight * fsd
     total += objective.wsd_weight * float(np.linalg.norm(3.0 * d))
+    bent = objective.loss == "quadratic"
+    straight = case.objective("linear", objective.fsd) if bent else objective
     H_Q = complex_step_jacobian(
-        lambda u: objective.lookahead_gradient(case.theta, u, case.batch, case.other.inputs),
+        lambda u: straight.lookahead_gradient(case.theta, u, case.batch, case.other.inputs),
         lookahead,
     )
+    if bent:
+        H = objective.loss_curvature(case.theta, case.batch)
+        total += _hessian_error(case, total) * float(np.linalg.norm(d))
+        H_Q = np.abs(H_Q) + np.abs(H)
     return total + float(np.linalg.norm(np.abs(H_Q) @ e_lookahead))
 
 
@@ -84,6 +91,13 @@ def term_errors(
         loss += np.abs(problem.gradient(lookahead, *case.batch)) @ e_lookahead
     else:
         loss = np.abs(case.gradient) @ ((n + 4) * d + e_lookahead)
+    if objective.loss == "quadratic":
+        on_batch = pass_errors(network, case.theta, case.batch.inputs)
+        dL = problem.loss.gradient(on_batch.z, case.batch.targets)
+        e_g = gradient_error(on_batch, dL, loss_gradient_error(on_batch, dL))
+        H = np.abs(objective.loss_curvature(case.theta, case.batch))
+        loss += _hessian_error(case, e_g) * float(d @ d) + d @ H @ ((n + 4) * d + e_lookahead)
+        loss += abs(problem.value(case.theta, *case.batch))  # which the engine leaves out
     there = pass_errors(network, case.theta, case.other.inputs)
     if objective.fsd == "exact":
         here = pass_errors(network, lookahead, case.other.inputs)
@@ -101,17 +115,53 @@ def term_errors(
     return TermErrors(float(loss), objective.fsd_weight * float(fsd), objective.wsd_weight * wsd)
 
 
+def divergence_size(name: str, z: Array, z0: Array) -> float:
+    """What the terms of ρ and of its derivatives amount to; by name, as in `ALL_DISCREPANCIES`.
+
+    They are products of two outputs, or exponentials, whose rounding is that of the exponent.
+    """
+    size = 1.0 + float(np.linalg.norm(z) + np.linalg.norm(z0))
+    if not exponentiated(name):
+        return size**2
+    if name == "bregman-poisson":
+        return size * float(np.linalg.norm(np.exp(z)) + np.linalg.norm(np.exp(z0)))
+    (mu, s), (mu0, s0) = np.split(z, 2, axis=1), np.split(z0, 2, axis=1)
+    steepest = np.exp(-np.minimum(s, s0))
+    e = np.abs(mu - mu0) * steepest
+    return size * float(np.linalg.norm(1.0 + np.exp(2.0 * np.abs(s - s0)) + (e + steepest) ** 2))
+
+
+def output_curvature_error(H: Array, e_z: Array | float) -> Array:
+    """Bound for H_ρ, whose slope in each output is at most 1, or at most 2 |H_ρ| of exponentials.
+
+    Four functions of 8 units on both sides are in it.
+    """
+    return (2.0 * e_z + 32.0) * np.maximum(1.0, H.max()) * np.ones_like(H)
+
+
+def _hessian_error(case: MetaCase, e_g: float) -> float:
+    """Norm of the bound for H = ∇²J_B(θ), from that for g.
+
+    One derivative more: every term is differentiated, by a weight or by an activation, whose
+    derivatives are at most 1; each layer has at most as many paths as it has weights. The oracle's
+    complex steps err by (√5 n + 16) eps, which is at most 5 eps (n + 4), ROUNDING's for size 1.
+    """
+    theta, layers = case.theta, case.problem.network.layers
+    paths = np.prod([1.0 + np.linalg.norm(theta[layer.parameters]) for layer in layers])
+    return float((len(theta) + 4) * e_g * paths * (1.0 + np.abs(case.batch.inputs).max()))
+
+
 def _largest_step(case: MetaCase, lookahead: Array) -> Array:
     """|d| where θ + Δ may have swallowed a part of Δ, (n,)."""
     return np.abs(lookahead - case.theta) + np.finfo(float).eps * np.abs(case.theta)
 
 
 def _curvature_error(case: MetaCase, passes: PassErrors, d: Array) -> Array:
-    """Bound for G d = E[Jᵀ H_ρ J] d, (n,); H_ρ has slope at most 1 in each output."""
+    """Bound for G d = E[Jᵀ H_ρ J] d, (n,)."""
     H = np.abs(case.discrepancy.output_hessian(passes.z))
     J, e_J = np.abs(passes.J), passes.e_J
     outputs = H.shape[1]
-    e_H = 2.0 * np.max(passes.e_z, axis=1)[:, None, None] + 32.0 * np.ones_like(H)
+    e_H = output_curvature_error(H, np.max(passes.e_z, axis=1)[:, None, None])
     change, e_change = J @ d, e_J @ d  # (N, C)
     curved = np.einsum("ncd,nd->nc", H, change)
     e_curved = np.einsum("ncd,nd->nc", H, e_change) + np.einsum("ncd,nd->nc", e_H, change)

@@ -169,6 +169,12 @@ def test_it_passes_the_conformance_kit(name: str, per_layer: bool) -> None:
     check_update_rule(rule, model)
 
 
+@pytest.mark.parametrize("rule", [apo.rules.RMSprop, apo.rules.Adam])
+def test_it_passes_the_conformance_kit_with_a_part_of_phi_learned(rule: Any) -> None:
+    model = nn.Linear(3, 2, dtype=torch.float64)
+    check_update_rule(rule(model, eps=1e-2, learn=("eps",)), model)
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_gradient_that_was_always_zero_gives_no_nan(name: str) -> None:
     """A dead unit has s = 0: s^ρ log s has the limit 0 and √v̂ the slope of 0/0."""

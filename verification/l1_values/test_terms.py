@@ -17,7 +17,9 @@ from verification.l1_values.twins import MODES, Shift, engine, meta_backward
 from verification.strategies import MetaCase, ScaledNormal, meta_cases, scaled_normals
 from verification.tolerances import ROUNDING, assert_close
 
-pytestmark = pytest.mark.parametrize(("loss", "fsd"), MODES)
+ALL_MODES = (*MODES, ("quadratic", "exact"), ("quadratic", "quadratic"))
+
+pytestmark = pytest.mark.parametrize(("loss", "fsd"), ALL_MODES)
 
 
 def at_shift(
@@ -27,6 +29,7 @@ def at_shift(
     step = shift.around(np.zeros_like(case.theta))
     network = case.problem.network
     optimizer = engine(case, lambda _: Shift(bridge.to_tensors(step, network)), loss, fsd)
+    optimizer.objective.loss = loss
     terms = meta_backward(optimizer, case)
     grads = [bridge.tensor(bridge.phi_gradient(p)) for p in optimizer.rule.parameters()]
     values = MetaTerms(*(float(term) for term in terms))
@@ -41,6 +44,9 @@ def test_terms(loss: str, fsd: str, case: MetaCase, shift: ScaledNormal) -> None
     expected = objective.terms(case.theta, lookahead, case.batch, case.other.inputs)
     if loss == "linear":  # the engine leaves the constant J_B(θ) out
         expected = expected._replace(loss=case.gradient @ (lookahead - case.theta))
+    if loss == "quadratic":
+        constant = case.problem.value(case.theta, *case.batch)
+        expected = expected._replace(loss=expected.loss - constant)
     scales = term_errors(case, objective, lookahead, np.zeros_like(lookahead))
     for name in MetaTerms._fields:
         assert_close(
@@ -108,6 +114,7 @@ def test_float32(loss: str, fsd: str, case: MetaCase, shift: ScaledNormal) -> No
         return Shift(steps)
 
     optimizer, objective = engine(case, rule, loss, fsd), case.objective(loss, fsd)
+    optimizer.objective.loss = loss
     model = optimizer.model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     x, x_other = (bridge.tensor(b.inputs).float() for b in (case.batch, case.other))

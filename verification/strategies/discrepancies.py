@@ -1,10 +1,20 @@
-"""Every discrepancy of the oracle, by name: a finite set, to parametrize over or to draw from."""
+"""The discrepancies for outputs of any number and size, by name: to parametrize over or to draw.
+
+All have curvature in bounded multiples of the distance, which the rounding bounds of a pass count
+on. Those that exponentiate their outputs are in `ALL_DISCREPANCIES` alone.
+"""
 
 from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from reference.discrepancies import Bregman, CategoricalKL, Discrepancy, SquaredEuclidean
+from reference.discrepancies import (
+    BernoulliKL,
+    Bregman,
+    CategoricalKL,
+    Discrepancy,
+    SquaredEuclidean,
+)
 
 DISCREPANCIES: dict[str, Discrepancy] = {
     "squared-error": SquaredEuclidean(),
@@ -13,6 +23,9 @@ DISCREPANCIES: dict[str, Discrepancy] = {
     "kl-current-lookahead": CategoricalKL("current_lookahead"),
     "bregman-squared-error": Bregman("squared_error"),
     "bregman-cross-entropy": Bregman("cross_entropy"),
+    "bernoulli-kl-lookahead-current": BernoulliKL("lookahead_current"),
+    "bernoulli-kl-current-lookahead": BernoulliKL("current_lookahead"),
+    "bregman-binary-cross-entropy": Bregman("binary_cross_entropy"),
 }
 
 

@@ -85,7 +85,7 @@ def meta_cases(
         smooth: leave ReLU out, for finite differences.
         pairs: of λ_FSD and λ_WSD.
         losses: to choose from; those that the engine has by default.
-        rhos: the discrepancies; those that the engine has by default.
+        rhos: the discrepancies; those that suit every network and loss by default.
         small: at most one hidden layer and two units in each, for what costs n² gradients.
     """
     loss = losses[draw(st.sampled_from(list(losses)), label="loss")]
