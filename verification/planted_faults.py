@@ -163,6 +163,18 @@ FAULTS = (
         "grow = 1.0 + 2.0 * (self.log_lr - self.log_lr.detach())",
     ),
     Fault(
+        "the ½ of the quadratic loss dropped",
+        "apo_core/objective.py",
+        "0.5 * _inner(updates, curved)",
+        "1.0 * _inner(updates, curved)",
+    ),
+    Fault(
+        "the mask's tokens not counted in the mean",
+        "apo_core/discrepancies.py",
+        "/ weights.sum()",
+        "/ weights.numel()",
+    ),
+    Fault(
         "half of the corrected condition of P18 Theorem 1, in the oracle",
         "reference/output_space.py",
         "return max(C * G, L) / 2.0",
