@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -56,7 +56,11 @@ def undisturbed(model: nn.Module) -> Iterator[Callable[[], None]]:
                 buffer.copy_(value)
 
 
-def gradient(value: Tensor, params: Tensors, grad_outputs: Tensor | None = None) -> list[Tensor]:
+def gradient(
+    value: Tensor | Sequence[Tensor],
+    params: Tensors,
+    grad_outputs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
     """∂value/∂params, zeros where `value` does not depend on one; `.grad` is not touched."""
     return list(
         torch.autograd.grad(value, params, grad_outputs, allow_unused=True, materialize_grads=True)

@@ -270,10 +270,7 @@ class ProximalObjective:
             }
             slopes = torch.autograd.grad(self._divergence(ahead, current), free, create_graph=True)
             curved = torch.autograd.grad(slopes, free, changes)  # H_ρ JΔ / batch
-            product = torch.autograd.grad(
-                z, params, curved, allow_unused=True, materialize_grads=True
-            )
-            return 0.5 * _inner(changes, curved), list(product)
+            return 0.5 * _inner(changes, curved), gradient(z, params, curved)
 
 
 def _resolve(

@@ -20,6 +20,7 @@ from scipy.optimize import brentq
 
 from reference.arrays import Array, finite_array, non_negative
 from reference.problem import COMPLEX_STEP, complex_step_jacobian, symmetric_part
+from reference.proximal_point import polish
 
 # How many basins of the grid are searched for the global minimum over a parametrized manifold.
 BASINS = 4
@@ -272,10 +273,12 @@ class Parametrized(Manifold):
         def gradient(w: Array) -> Array:
             return self.jacobian(w).T @ (Q @ self.point(w) + b)
 
+        def curvature(w: Array) -> Array:
+            return symmetric_part(complex_step_jacobian(gradient, w))
+
         for _ in range(100):
             g = gradient(w)
-            curvature = symmetric_part(complex_step_jacobian(gradient, w))
-            eigenvalues, vectors = np.linalg.eigh(curvature)
+            eigenvalues, vectors = np.linalg.eigh(curvature(w))
             floor = 1e-12 * np.abs(eigenvalues).max()
             step = vectors @ ((vectors.T @ g) / np.maximum(np.abs(eigenvalues), floor))
             value, share = _quadratic(Q, b, self.point(w)), 1.0
@@ -285,15 +288,7 @@ class Parametrized(Manifold):
                 break
             w = w - share * step
         # Where the value is flat to rounding, whole steps go on as long as they shrink the slope.
-        for _ in range(5):
-            g, curvature = gradient(w), symmetric_part(complex_step_jacobian(gradient, w))
-            if np.linalg.eigvalsh(curvature)[0] <= 0.0:
-                break
-            closer = w - np.linalg.solve(curvature, g)
-            if not np.linalg.norm(gradient(closer)) < np.linalg.norm(g):
-                break
-            w = closer
-        return w
+        return polish(gradient, curvature, w)
 
 
 def _quadratic(Q: Array, b: Array, Z: Array) -> float:

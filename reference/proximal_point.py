@@ -106,7 +106,7 @@ def exact_step(
         method="trust-exact",
         options={"gtol": 1e-7 * min(1.0, float(scale)), "maxiter": 1000},
     )
-    u = _polish(gradient, hessian, np.asarray(found.x))
+    u = polish(gradient, hessian, np.asarray(found.x))
     return certify(objective, theta, u, batch, fsd_inputs)
 
 
@@ -201,7 +201,7 @@ def _at(
     return value, gradient, hessian
 
 
-def _polish(
+def polish(
     gradient: Callable[[Array], Array], hessian: Callable[[Array], Array], u: Array
 ) -> Array:
     """Newton steps from a good start, as long as each one shrinks the gradient."""

@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.rules.layers import Layers, require_learned
+from apo_core.rules.layers import Layers, require_learned, scaled
 from apo_core.types import State, Tensors
 from apo_core.update_rule import UpdateRule
 
@@ -98,5 +98,5 @@ class Adam(UpdateRule):
             direction = (mi / (1 - first**t)) / ((vi / (1 - second**t)).sqrt() + eps)
             if self.weight_decay:
                 direction = direction + self.weight_decay * p
-            updates.append((-eta * direction).to(p.dtype).view_as(p))
+            updates.append(scaled(-eta, direction, p))
         return updates, {"exp_avg": m, "exp_avg_sq": v, "step": steps}

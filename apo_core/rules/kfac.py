@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from apo_core.distributed import mean_over_ranks
 from apo_core.rules.kfac_factors import Factors, MatrixLayer, Observation, has_factors
-from apo_core.rules.layers import Layers, require_learned
+from apo_core.rules.layers import Layers, require_learned, scaled
 from apo_core.types import State, Tensors, phi_dtype, trainable_parameters
 from apo_core.update_rule import UpdateRule
 
@@ -179,14 +179,14 @@ class KFAC(UpdateRule):
         self._require_observed()
         rates = self._layers.spread(self.log_lr)
         dampings = self._layers.spread(self.log_damping)
-        updates = {i: _plain(grads[i], rates[i]) for i in self._plain}
+        updates = {i: scaled(-rates[i], grads[i], grads[i]) for i in self._plain}
         for factors, block in zip(self._factors, self._blocks, strict=True):
             if int(factors.count):
                 own, layer = [grads[i] for i in block], block[0]
                 steps = factors.step(own, rates[layer], dampings[layer])
                 updates.update(zip(block, steps, strict=True))
             else:
-                updates.update({i: _plain(grads[i], rates[i]) for i in block})
+                updates.update({i: scaled(-rates[i], grads[i], grads[i]) for i in block})
         return [updates[i] for i in range(len(grads))], state
 
     @property
@@ -214,11 +214,6 @@ class KFAC(UpdateRule):
                 "`rule` must have observed a mini-batch before the first step, got none; write "
                 "`with rule.observe(model):` around the forward and the backward pass."
             )
-
-
-def _plain(grad: Tensor, lr: Tensor) -> Tensor:
-    """−ηg, without factors."""
-    return (-lr * grad).to(grad.dtype)
 
 
 def _matrix_layers(

@@ -100,8 +100,8 @@ class Factors(nn.Module):
 
         Args:
             grads: of the weight, and of the bias if it is a column, of the parameters' shapes.
-            lr: η, 0-d.
-            damping: γ > 0, 0-d.
+            lr: η, (1,).
+            damping: γ > 0, (1,).
 
         Returns:
             Tensors of the shapes and dtypes of `grads`.

@@ -52,6 +52,11 @@ class Layers:
         return [values[layer] for layer in self._of]
 
 
+def scaled(factor: Tensor, direction: Tensor, like: Tensor) -> Tensor:
+    """factor · d in the shape and dtype of `like`: formed in φ's dtype, and rounded once."""
+    return (factor * direction).to(like.dtype).view_as(like)
+
+
 def require_learned(learn: tuple[str, ...], known: tuple[str, ...]) -> None:
     """Refuse what is not a non-empty selection of `known`.
 

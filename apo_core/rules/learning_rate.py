@@ -11,6 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from apo_core.rules.layers import scaled
 from apo_core.types import State, Tensors, phi_dtype, trainable_parameters
 from apo_core.update_rule import UpdateRule
 
@@ -103,7 +104,7 @@ class LearningRate(UpdateRule):
             grow = 1.0 + (self.log_lr - self.log_lr.detach())
             factors = grow.reshape(-1, 1)  # not 0-d: in 32 bits beside a 16-bit step
             steps = [
-                (factors[group] * step).to(step.dtype).view_as(step)
+                scaled(factors[group], step, step)
                 for group, step in zip(self._groups, steps, strict=True)
             ]
         return steps, next_state

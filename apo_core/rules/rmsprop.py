@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.rules.layers import Layers, require_learned
+from apo_core.rules.layers import Layers, require_learned, scaled
 from apo_core.types import State, Tensors
 from apo_core.update_rule import UpdateRule
 
@@ -87,7 +87,7 @@ class RMSprop(UpdateRule):
         torch._foreach_addcmul_(squares, grads, grads, value=1 - self.smoothing)
         phi = zip(*map(self._layers.spread, (self.log_lr, self.log_rho, self.log_eps)), strict=True)
         updates = [
-            (-eta * (g / (_power(s, rho) + eps))).to(g.dtype).view_as(g)
+            scaled(-eta, g / (_power(s, rho) + eps), g)
             for g, s, (eta, rho, eps) in zip(grads, squares, phi, strict=True)
         ]
         return updates, {"square_avg": squares}

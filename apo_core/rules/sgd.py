@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.rules.layers import Layers
+from apo_core.rules.layers import Layers, scaled
 from apo_core.types import State, Tensors
 from apo_core.update_rule import UpdateRule
 
@@ -77,9 +77,7 @@ class SGD(UpdateRule):
             direction = _added(grads, v, alpha=self.momentum) if self.nesterov else v
             next_state = {"momentum": v}
         rates = self._layers.spread(self.log_lr)
-        updates = [
-            (-eta * d).to(d.dtype).view_as(d) for eta, d in zip(rates, direction, strict=True)
-        ]
+        updates = [scaled(-eta, d, d) for eta, d in zip(rates, direction, strict=True)]
         return updates, next_state
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import apo_core as apo
 from reference.discrepancies import Discrepancy
 from verification import bridge
-from verification.l1_values.scales import divergence_size
+from verification.l0_oracle.rounding import divergence_size
 from verification.profiles import share
 from verification.strategies import ALL_DISCREPANCIES
 from verification.strategies.outputs import output_shape, outputs

@@ -22,6 +22,7 @@ from reference.arrays import Array
 from reference.convolution import ConvNet
 from reference.networks import Trace
 from reference.problem import Batch
+from verification.strategies.outputs import exponentiated
 
 
 class PassErrors(NamedTuple):
@@ -177,3 +178,19 @@ def _convolutional(
         Dx = np.einsum("tid,ncti->ncd", R, Da @ W[index])
         e_Dx = np.einsum("tid,ncti->ncd", R, e_D[0] @ W[index]) + (T + out + 2) * Dx
     return e_z, e_a, e_D
+
+
+def divergence_size(name: str, z: Array, z0: Array) -> float:
+    """What the terms of rho and of its derivatives amount to; by name, as in `ALL_DISCREPANCIES`.
+
+    They are products of two outputs, or exponentials, whose rounding is that of the exponent.
+    """
+    size = 1.0 + float(np.linalg.norm(z) + np.linalg.norm(z0))
+    if not exponentiated(name):
+        return size**2
+    if name == "bregman-poisson":
+        return size * float(np.linalg.norm(np.exp(z)) + np.linalg.norm(np.exp(z0)))
+    (mu, s), (mu0, s0) = np.split(z, 2, axis=1), np.split(z0, 2, axis=1)
+    steepest = np.exp(-np.minimum(s, s0))
+    e = np.abs(mu - mu0) * steepest
+    return size * float(np.linalg.norm(1.0 + np.exp(2.0 * np.abs(s - s0)) + (e + steepest) ** 2))

@@ -10,9 +10,10 @@ from reference.arrays import Array
 from reference.discrepancies import BernoulliKL, GaussianKL, bregman_of
 from reference.losses import GaussianNLL
 from verification.l0_oracle import high_precision as hp
+from verification.l0_oracle.rounding import divergence_size
 from verification.profiles import share
 from verification.strategies import ALL_DISCREPANCIES, CONVEX_LOSSES
-from verification.strategies.outputs import exponentiated, output_shape, outputs, targets
+from verification.strategies.outputs import output_shape, outputs, targets
 from verification.tolerances import COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
 
 seeds = st.integers(0, 2**16)
@@ -28,22 +29,6 @@ def draw_pair(seed: int, spread: float, name: str = "kl") -> tuple[Array, Array]
     return z0 + outputs(name, shape, spread, rng), z0
 
 
-def term_size(z: Array, z0: Array, name: str = "kl") -> float:
-    """Bound of the terms of rho and of its derivatives: products of two outputs.
-
-    An exponent's rounding is relative to the exponent, and so relative to the exponential times it.
-    """
-    size = 1.0 + float(np.linalg.norm(z) + np.linalg.norm(z0))
-    if not exponentiated(name):
-        return size**2
-    if name == "bregman-poisson":
-        return size * float(np.linalg.norm(np.exp(z)) + np.linalg.norm(np.exp(z0)))
-    (mu, s), (mu0, s0) = np.split(z, 2, axis=1), np.split(z0, 2, axis=1)
-    steepest = np.exp(-np.minimum(s, s0))
-    e = np.abs(mu - mu0) * steepest
-    return size * float(np.linalg.norm(1.0 + np.exp(2.0 * np.abs(s - s0)) + (e + steepest) ** 2))
-
-
 @names
 @given(seed=seeds, spread=spreads)
 def test_value_equals_its_definition_in_fifty_digits(name: str, seed: int, spread: float) -> None:
@@ -56,7 +41,7 @@ def test_value_equals_its_definition_in_fifty_digits(name: str, seed: int, sprea
         ALL_DISCREPANCIES[name].value(z, z0),
         np.array(exact, dtype=float),
         FUNCTION,
-        scale=term_size(z, z0, name),
+        scale=divergence_size(name, z, z0),
         what="rho",
     )
 
@@ -72,7 +57,7 @@ def test_gradient_is_the_complex_step_of_the_value(name: str, seed: int, spread:
             rho.gradient(z, z0)[n],
             numeric,
             COMPLEX_STEP,
-            scale=term_size(z[n : n + 1], z0[n : n + 1], name),
+            scale=divergence_size(name, z[n : n + 1], z0[n : n + 1]),
             what=f"d rho/dz of example {n}",
         )
 
@@ -90,7 +75,7 @@ def test_output_hessian_is_the_complex_step_of_the_gradient_at_no_change(
             np.array(rho.output_hessian(z0)[n]),
             numeric,
             COMPLEX_STEP,
-            scale=term_size(row[None], row[None], name),
+            scale=divergence_size(name, row[None], row[None]),
             what=f"H_rho of example {n}",
         )
 
@@ -100,7 +85,7 @@ def test_output_hessian_is_the_complex_step_of_the_gradient_at_no_change(
 def test_value_and_gradient_vanish_at_no_change(name: str, seed: int, spread: float) -> None:
     _, z0 = draw_pair(seed, spread, name)
     rho, zeros = ALL_DISCREPANCIES[name], np.zeros(len(z0))
-    size = term_size(z0, z0, name)
+    size = divergence_size(name, z0, z0)
     assert_close(rho.value(z0, z0), zeros, FUNCTION, scale=size, what="rho(z0, z0)")
     assert_close(rho.gradient(z0, z0), np.zeros_like(z0), FUNCTION, scale=size, what="d rho/dz")
 
@@ -110,7 +95,7 @@ def test_value_and_gradient_vanish_at_no_change(name: str, seed: int, spread: fl
 def test_value_is_not_negative(name: str, seed: int, spread: float) -> None:
     z, z0 = draw_pair(seed, spread, name)
     value = ALL_DISCREPANCIES[name].value(z, z0)
-    assert (value >= -FUNCTION.allowed(size=z.shape[1]) * term_size(z, z0, name)).all(), value
+    assert (value >= -FUNCTION.allowed(size=z.shape[1]) * divergence_size(name, z, z0)).all(), value
 
 
 @given(seed=seeds, spread=spreads)
@@ -121,7 +106,7 @@ def test_bregman_of_the_cross_entropy_is_kl_from_current_to_lookahead(
     bregman, kl, size = (
         Bregman("cross_entropy"),
         CategoricalKL("current_lookahead"),
-        term_size(z, z0),
+        divergence_size("kl", z, z0),
     )
     assert_close(bregman.value(z, z0), kl.value(z, z0), FUNCTION, scale=size, what="rho")
     assert_close(bregman.gradient(z, z0), kl.gradient(z, z0), FUNCTION, scale=size, what="d rho/dz")
@@ -131,7 +116,7 @@ def test_bregman_of_the_cross_entropy_is_kl_from_current_to_lookahead(
 def test_bregman_of_the_squared_error_is_the_squared_distance(seed: int, spread: float) -> None:
     z, z0 = draw_pair(seed, spread)
     bregman, squared = Bregman("squared_error"), SquaredEuclidean()
-    size = term_size(z, z0)
+    size = divergence_size("kl", z, z0)
     assert_close(bregman.value(z, z0), squared.value(z, z0), ROUNDING, scale=size, what="rho")
     assert_close(
         bregman.gradient(z, z0), squared.gradient(z, z0), ROUNDING, scale=size, what="d rho/dz"
@@ -149,7 +134,7 @@ def test_bregman_of_a_loss_does_not_depend_on_its_target(
     t = targets(loss, (len(z), z.shape[1]), np.random.default_rng(seed + 1))
     linear = np.sum(loss.gradient(z0, t) * (z - z0), axis=1)
     printed = loss.value(z, t) - loss.value(z0, t) - linear
-    size = term_size(z, z0, f"bregman-{name}") * (1.0 + float(np.linalg.norm(t))) ** 2
+    size = divergence_size(f"bregman-{name}", z, z0) * (1.0 + float(np.linalg.norm(t))) ** 2
     assert_close(bregman_of(loss).value(z, z0), printed, FUNCTION, scale=size, what="rho")
 
 
@@ -184,7 +169,7 @@ def test_bregman_of_the_poisson_loss_is_kl_from_current_to_lookahead(
         exact = [
             hp.poisson_kl(hp.numbers(b), hp.numbers(a), 600) for a, b in zip(z, z0, strict=True)
         ]
-    scale = term_size(z, z0, "bregman-poisson")
+    scale = divergence_size("bregman-poisson", z, z0)
     value = Bregman("poisson").value(z, z0)
     assert_close(value, np.array(exact, dtype=float), FUNCTION, scale=scale, what="rho")
 
@@ -197,7 +182,7 @@ def test_kl_of_one_bit_is_the_categorical_kl_of_two_classes(
     """Logits (z, 0) of two classes are the logit z of a bit."""
     z, z0 = (v[:, :1] for v in draw_pair(seed, spread))
     pair, pair0 = (np.hstack([v, np.zeros_like(v)]) for v in (z, z0))
-    size, bit, two = term_size(z, z0), BernoulliKL(order), CategoricalKL(order)
+    size, bit, two = divergence_size("kl", z, z0), BernoulliKL(order), CategoricalKL(order)
     assert_close(bit.value(z, z0), two.value(pair, pair0), FUNCTION, size=4, scale=size, what="rho")
     slope = two.gradient(pair, pair0)[:, :1]
     assert_close(bit.gradient(z, z0), slope, FUNCTION, size=4, scale=size, what="d rho/dz")
@@ -210,7 +195,7 @@ def test_kl_of_unit_gaussians_is_half_the_squared_distance(
 ) -> None:
     z, z0 = draw_pair(seed, spread)
     pair, pair0 = (np.hstack([v, np.zeros_like(v)]) for v in (z, z0))
-    expected, size = SquaredEuclidean().value(z, z0), term_size(z, z0)
+    expected, size = SquaredEuclidean().value(z, z0), divergence_size("kl", z, z0)
     actual = GaussianKL(order).value(pair, pair0)
     assert_close(actual, expected, ROUNDING, size=2 * z.shape[1], scale=size, what="rho")
 

@@ -27,7 +27,6 @@ from verification.l0_oracle.rounding import (
     pass_errors,
 )
 from verification.strategies import MetaCase
-from verification.strategies.outputs import exponentiated
 
 
 class TermErrors(NamedTuple):
@@ -113,22 +112,6 @@ def term_errors(
         fsd = d @ (_curvature_error(case, there, d) + _curvature_error(case, there, e_lookahead))
     wsd = (n + 4) * float(d @ (d + e_lookahead))
     return TermErrors(float(loss), objective.fsd_weight * float(fsd), objective.wsd_weight * wsd)
-
-
-def divergence_size(name: str, z: Array, z0: Array) -> float:
-    """What the terms of ρ and of its derivatives amount to; by name, as in `ALL_DISCREPANCIES`.
-
-    They are products of two outputs, or exponentials, whose rounding is that of the exponent.
-    """
-    size = 1.0 + float(np.linalg.norm(z) + np.linalg.norm(z0))
-    if not exponentiated(name):
-        return size**2
-    if name == "bregman-poisson":
-        return size * float(np.linalg.norm(np.exp(z)) + np.linalg.norm(np.exp(z0)))
-    (mu, s), (mu0, s0) = np.split(z, 2, axis=1), np.split(z0, 2, axis=1)
-    steepest = np.exp(-np.minimum(s, s0))
-    e = np.abs(mu - mu0) * steepest
-    return size * float(np.linalg.norm(1.0 + np.exp(2.0 * np.abs(s - s0)) + (e + steepest) ** 2))
 
 
 def output_curvature_error(H: Array, e_z: Array | float) -> Array:

@@ -11,7 +11,7 @@ from apo_core.discrepancies import resolve_discrepancy
 from reference.analytic import sigmoid, softplus
 from reference.arrays import Array
 from verification import bridge
-from verification.l1_values.scales import divergence_size
+from verification.l0_oracle.rounding import divergence_size
 from verification.strategies import ALL_DISCREPANCIES
 from verification.strategies.outputs import exponentiated
 from verification.tolerances import FUNCTION, assert_close

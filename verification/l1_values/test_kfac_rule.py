@@ -243,6 +243,27 @@ def test_other_parameters_take_a_plain_gradient_step() -> None:
             assert_close(bridge.array(u), -lr * bridge.array(g), FUNCTION, size=1, what=name)
 
 
+class Tempered(nn.Module):
+    """A Linear layer whose outputs a 0-d temperature scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+        self.temperature = nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.temperature * self.linear(x)
+
+
+def test_a_0d_parameter_takes_a_0d_step() -> None:
+    torch.manual_seed(0)
+    model = Tempered()
+    rule = apo.rules.KFAC(model, lr=0.1)
+    with rule.observe(model):
+        model(torch.randn(5, 3, dtype=torch.float64)).square().mean().backward()
+    check_update_rule(rule, model)
+
+
 def test_frozen_tied_and_unseen_parameters() -> None:
     """A frozen weight has no factors, a tied one those of the layer that first names it."""
     torch.manual_seed(0)

@@ -22,6 +22,8 @@ where coefficient k of the second is (k - 1) times that of the first. So R = kap
 and KL(p || p0) - KL(p0 || p) = t^3/6 kappa_3 + t^4/12 kappa_4 + t^5/40 kappa_5 + ...
 """
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -81,6 +83,30 @@ def along(network: Network, rho: Discrepancy, theta: Array, X: Array, v: Array) 
     return taylor(lambda t: fsd.terms(theta, theta + t * v, nothing, X).fsd, RADIUS, 5)
 
 
+def assert_coefficients(
+    actual: Array,
+    expected: Sequence[float | np.floating],
+    size: int,
+    iterations: int,
+    scale: Callable[[int], float],
+) -> None:
+    """Each expected coefficient of t^k, with `scale(k)` what the terms of the mean amount to.
+
+    `iterations` are the functions behind a value: two for logits, four for two layers, softmax and
+    mean.
+    """
+    for k, value in enumerate(expected):
+        assert_close(
+            actual[k],
+            np.float64(value),
+            COMPLEX_STEP,
+            size=size,
+            iterations=iterations,
+            scale=scale(k),
+            what=f"coefficient of t^{k}",
+        )
+
+
 @pytest.mark.parametrize("name", list(DISCREPANCIES))
 @share(0.5)
 @given(seed=seeds)
@@ -105,16 +131,13 @@ def test_quadratic_fsd_errs_at_third_order_with_the_derived_coefficient(
     expected = [0.0, 0.0, 0.5 * v @ G @ v, cubic]
     # rho is a sum of C products of log-probabilities, which err by eps of themselves
     terms = 1.0 + float(np.abs(network.outputs(theta, X)).max())
-    for order, value in enumerate(expected):
-        assert_close(
-            series.coefficients[order],
-            np.float64(value),
-            COMPLEX_STEP,
-            size=3,
-            iterations=4,  # two layers, softmax, mean
-            scale=terms / RADIUS**order,
-            what=f"coefficient of t^{order}",
-        )
+    assert_coefficients(
+        series.coefficients,
+        expected,
+        size=3,
+        iterations=4,
+        scale=lambda order: terms / RADIUS**order,
+    )
 
 
 @given(seed=seeds)
@@ -130,16 +153,13 @@ def test_the_two_orders_of_kl_differ_at_third_order(seed: int) -> None:
     difference = there.coefficients - back.coefficients
     scale = 1.0 + float(np.abs(z0).max())
     expected = [0.0, 0.0, 0.0, k3[0] / 6.0, k4[0] / 12.0]
-    for order, value in enumerate(expected):
-        assert_close(
-            difference[order],
-            np.float64(value),
-            COMPLEX_STEP,
-            size=4,
-            iterations=2,
-            scale=scale / RADIUS**order,
-            what=f"coefficient of t^{order}",
-        )
+    assert_coefficients(
+        difference,
+        expected,
+        size=4,
+        iterations=2,
+        scale=lambda order: scale / RADIUS**order,
+    )
 
 
 @share(0.5)
@@ -150,16 +170,13 @@ def test_the_two_orders_of_kl_differ_at_third_order_in_a_network(seed: int) -> N
     there, back = (along(network, rho, theta, X, v) for rho in KL_ORDERS)
     _, k3, _ = cumulants(network.jacobian(theta, X) @ v, softmax(network.outputs(theta, X)))
     terms = 1.0 + float(np.abs(network.outputs(theta, X)).max())
-    for order, value in enumerate([0.0, 0.0, 0.0, np.mean(k3) / 6.0]):
-        assert_close(
-            (there.coefficients - back.coefficients)[order],
-            np.float64(value),
-            COMPLEX_STEP,
-            size=3,
-            iterations=4,
-            scale=terms / RADIUS**order,
-            what=f"coefficient of t^{order}",
-        )
+    assert_coefficients(
+        there.coefficients - back.coefficients,
+        [0.0, 0.0, 0.0, np.mean(k3) / 6.0],
+        size=3,
+        iterations=4,
+        scale=lambda order: terms / RADIUS**order,
+    )
 
 
 def test_at_a_uniform_binary_p0_the_orders_of_kl_differ_at_fourth_order() -> None:
@@ -169,16 +186,13 @@ def test_at_a_uniform_binary_p0_the_orders_of_kl_differ_at_fourth_order() -> Non
         taylor(lambda t, rho=rho: rho.value(t * a, z0)[0], RADIUS, 6) for rho in KL_ORDERS
     )
     difference = there.coefficients - back.coefficients
-    for order, value in enumerate([0.0, 0.0, 0.0, 0.0, -1.0 / 6.0, 0.0]):
-        assert_close(
-            difference[order],
-            np.float64(value),
-            COMPLEX_STEP,
-            size=2,
-            iterations=2,
-            scale=RADIUS**-order,
-            what=f"coefficient of t^{order}",
-        )
+    assert_coefficients(
+        difference,
+        [0.0, 0.0, 0.0, 0.0, -1.0 / 6.0, 0.0],
+        size=2,
+        iterations=2,
+        scale=lambda order: RADIUS**-order,
+    )
 
 
 @pytest.mark.parametrize(("rho", "factor"), [(KL_ORDERS[0], 3.0), (KL_ORDERS[1], 1.0)])
@@ -192,16 +206,13 @@ def test_with_a_symmetric_p0_the_quadratic_fsd_errs_at_fourth_order(
     network = FixedHead([np.array([[1.0], [-1.0]])], [1])
     series = along(network, rho, np.zeros(1), np.ones((1, 1)), np.array([0.5]))
     expected = [0.0, 0.0, 0.5 * 0.25, 0.0, factor * -2.0 / 24.0 / 16.0]
-    for power, value in enumerate(expected):
-        assert_close(
-            series.coefficients[power],
-            np.float64(value),
-            COMPLEX_STEP,
-            size=2,
-            iterations=2,
-            scale=RADIUS**-power,
-            what=f"coefficient of t^{power}",
-        )
+    assert_coefficients(
+        series.coefficients,
+        expected,
+        size=2,
+        iterations=2,
+        scale=lambda power: RADIUS**-power,
+    )
 
 
 @given(x=st.floats(-1.0, 1.0), w=st.floats(-2.0, 2.0))
@@ -211,16 +222,13 @@ def test_along_an_odd_curve_the_quadratic_fsd_errs_at_fourth_order(x: float, w: 
     theta, v = np.array([0.0, w]), np.array([1.0, 0.0])
     series = along(network, SquaredEuclidean(), theta, np.array([[x]]), v)
     expected = [0.0, 0.0, 0.5 * (w * x) ** 2, 0.0, -(w**2) * x**4 / 3.0]
-    for power, value in enumerate(expected):
-        assert_close(
-            series.coefficients[power],
-            np.float64(value),
-            COMPLEX_STEP,
-            size=1,
-            iterations=3,
-            scale=series.scale(power),
-            what=f"coefficient of t^{power}",
-        )
+    assert_coefficients(
+        series.coefficients,
+        expected,
+        size=1,
+        iterations=3,
+        scale=series.scale,
+    )
 
 
 @share(0.5)
