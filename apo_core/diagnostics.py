@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from apo_core.types import ProximalTerms
 from apo_core.update_rule import UpdateRule
 
 
-def describe_q(terms: ProximalTerms, rule: UpdateRule) -> dict[str, float]:
-    """Q with its addends, and the norm of the meta-gradient that φ's `.grad` holds."""
+def describe_q(terms: ProximalTerms, norm: Tensor) -> dict[str, float]:
+    """Q with its addends, and the norm of the meta-gradient."""
     shown = {name: value.item() for name, value in terms._asdict().items()}
-    grads = [p.grad for p in rule.parameters() if p.grad is not None]
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
-    return shown | {"q": terms.total.item(), "meta_gradient_norm": norms.norm().item()}
+    return shown | {"q": terms.total.item(), "meta_gradient_norm": norm.item()}
 
 
 def describe_phi(rule: UpdateRule) -> dict[str, float]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from apo_core.distributed import is_sharded, local
 from apo_core.types import Tensors
 
 
@@ -17,16 +18,18 @@ def lookahead(params: Tensors, updates: Tensors) -> Iterator[None]:
 
     Args:
         params: the model's parameters θ, overwritten inside the context.
-        updates: one tensor of the same shape for each, without a graph.
+        updates: one tensor of the same shape for each (of a DTensor: of its shard), without a
+            graph.
     """
     with torch.no_grad():
-        current = [p.detach().clone() for p in params]
-        torch._foreach_add_(params, updates)
+        theta = local(params)
+        current = [p.detach().clone() for p in theta]
+        torch._foreach_add_(theta, updates)
     try:
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(params, current)
+            torch._foreach_copy_(theta, current)
 
 
 @contextmanager
@@ -61,7 +64,26 @@ def gradient(
     params: Tensors,
     grad_outputs: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
-    """∂value/∂params, zeros where `value` does not depend on one; `.grad` is not touched."""
+    """∂value/∂params, zeros where `value` does not depend on one; `.grad` is left as it was.
+
+    Under FSDP2 this rank's shards of the mean over the ranks.
+    """
+    if any(map(is_sharded, params)):
+        assert isinstance(value, Tensor)
+        return _sharded_gradient(value, params)
     return list(
         torch.autograd.grad(value, params, grad_outputs, allow_unused=True, materialize_grads=True)
     )
+
+
+def _sharded_gradient(value: Tensor, params: Tensors) -> list[Tensor]:
+    """By a backward pass into `.grad`: FSDP2's hooks see no other, and reduce what they see."""
+    kept = [p.grad for p in params]
+    try:
+        for p in params:
+            p.grad = None
+        value.backward()
+        return local([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
+    finally:
+        for p, grad in zip(params, kept, strict=True):
+            p.grad = grad

@@ -15,22 +15,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypeAlias, final
+from typing import Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from apo_core.discrepancies import Discrepancy, resolve_discrepancy
 from apo_core.lookahead import gradient, lookahead
-from apo_core.types import Closure, Masked, OutputsClosure, ProximalTerms, Tensors
-
-Name: TypeAlias = str | int | None
-"""Of one output: its key in a mapping, its place in a sequence, None where there is but one."""
-
-Entries: TypeAlias = dict[Name, tuple[Tensor, Tensor | None]]
-"""Every output with its mask or None."""
-
-Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+from apo_core.outputs import (
+    Divergence,
+    Divergences,
+    Entries,
+    divergence_values,
+    entries_of,
+    label,
+    require_scalar,
+    require_sound_masks,
+    resolve_divergences,
+)
+from apo_core.types import Closure, OutputsClosure, ProximalTerms, Tensors
 
 
 def _require_weight(name: str, value: float) -> float:
@@ -45,6 +47,22 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {list(choices)}, got {value!r}.")
     return value
+
+
+class Passes(NamedTuple):
+    """The closures of a meta-step, and how it runs them.
+
+    Args:
+        loss: a pass on B at the present parameters, a scalar.
+        outputs: a pass on B' at the present parameters, (batch, ..., outputs), or several.
+        rewind: rewinds the random state, so that both passes on B' see the same dropout mask.
+        loss_scale: multiplies what goes backward, and is divided out of the gradients.
+    """
+
+    loss: Closure
+    outputs: OutputsClosure | None
+    rewind: Callable[[], None]
+    loss_scale: float = 1.0
 
 
 @final
@@ -80,6 +98,11 @@ class ProximalObjective:
         fsd: "exact" is E[ρ(z, z₀)]; "quadratic" is ½ΔᵀGΔ, its second-order expansion at θ (P22
             eq. 16), by one GGN-vector product at θ.
 
+        trust_factor: κ > 1, or None. With it Q may rise by at most (κ − 1)·|J_B(θ)|, both from
+            standing still to the lookahead, and by a meta-step: see `apo_core.trust_region`. For
+            an initial learning rate or preconditioner that may be too large, where the papers'
+            settings diverge; 2 is a good value. A meta-step then takes 4 more forward passes.
+
     Raises:
         ValueError: a negative or non-finite weight, an unknown name, an empty mapping.
         TypeError: `discrepancy` is neither a name nor callable.
@@ -92,12 +115,19 @@ class ProximalObjective:
         wsd_weight: float = 0.0,
         loss: Literal["exact", "linear", "quadratic"] = "exact",
         fsd: Literal["exact", "quadratic"] = "exact",
+        trust_factor: float | None = None,
     ) -> None:
-        self.discrepancy = _resolve(discrepancy)
+        self.discrepancy: Divergences = resolve_divergences(discrepancy)
         self.fsd_weight = fsd_weight
         self.wsd_weight = wsd_weight
         self.loss = _require_choice("loss", loss, ("exact", "linear", "quadratic"))
         self.fsd = _require_choice("fsd", fsd, ("exact", "quadratic"))
+        if trust_factor is not None and not 1 < trust_factor < math.inf:
+            raise ValueError(
+                f"`trust_factor` must be None, or finite and above 1, got {trust_factor}; 2 lets "
+                "the loss of the mini-batch double."
+            )
+        self.trust_factor = trust_factor
 
     @property
     def fsd_weight(self) -> float:
@@ -117,14 +147,13 @@ class ProximalObjective:
     def wsd_weight(self, value: float) -> None:
         self._wsd_weight = _require_weight("wsd_weight", value)
 
-    def gradient(
+    def look_ahead(
         self,
         params: Tensors,
         grads: Tensors,
         updates: Tensors,
-        loss: Closure,
-        outputs: OutputsClosure | None,
-        rewind: Callable[[], None],
+        passes: Passes,
+        derivative: bool = True,
     ) -> tuple[ProximalTerms, list[Tensor]]:
         """The three addends of Q at θ' = θ + updates, and q = ∇_θ' Q.
 
@@ -132,9 +161,8 @@ class ProximalObjective:
             params: θ; moved to θ' and back in place.
             grads: g = ∇J_B(θ), for the linear and the quadratic loss.
             updates: Δ, detached.
-            loss: a pass on B at the present parameters, a scalar.
-            outputs: a pass on B' at the present parameters, (batch, ..., outputs), or several.
-            rewind: rewinds the random state, so that both passes on B' see the same dropout mask.
+            passes: on B and B' at the present parameters.
+            derivative: False leaves the backward passes of the exact terms out, and q incomplete.
 
         Returns:
             The addends (detached, 0-d) and q, one tensor for each parameter.
@@ -146,35 +174,42 @@ class ProximalObjective:
             wsd_term = 0.5 * self.wsd_weight * _inner(updates, updates)
         exact_loss = self.loss == "exact"
         exact_fsd = self.fsd_weight > 0 and self.fsd == "exact"
+        scale = passes.loss_scale
+
+        def add_slope(value: Tensor, weight: float) -> None:
+            """To q: `weight` · ∇value, by a backward pass of `scale` · value."""
+            if derivative:
+                slope = gradient(value if scale == 1.0 else scale * value, params)
+                torch._foreach_add_(q, slope, alpha=weight / scale)
 
         current = None
         if exact_fsd:
-            current = self._current_outputs(outputs, rewind)
+            current = self._current_outputs(passes)
         elif self.fsd_weight > 0:
-            value, slope = self._quadratic_fsd(params, updates, outputs, rewind)
+            value, slope = self._quadratic_fsd(params, updates, passes)
             fsd_term = self.fsd_weight * value
             torch._foreach_add_(q, slope, alpha=self.fsd_weight)
 
         if exact_loss or exact_fsd:
             with lookahead(params, updates), torch.enable_grad():
                 if exact_loss:  # B, then B': one graph at a time
-                    rewind()
-                    value = _require_scalar(loss(), "loss")
+                    passes.rewind()
+                    value = _loss_value(passes.loss)
                     loss_term = value.detach()
-                    torch._foreach_add_(q, gradient(value, params))
+                    add_slope(value, 1.0)
                     del value
                 if current is not None:
-                    rewind()
-                    value = self._divergence(self._call(outputs), current)
+                    passes.rewind()
+                    value = self._divergence(self._call(passes.outputs), current)
                     fsd_term = self.fsd_weight * value.detach()
-                    torch._foreach_add_(q, gradient(value, params), alpha=self.fsd_weight)
+                    add_slope(value, self.fsd_weight)
 
         if not exact_loss:
             loss_term = _inner(grads, updates)
             torch._foreach_add_(q, grads)
         if self.loss == "quadratic":
-            rewind()
-            curved = _hessian_product(loss, params, updates)
+            passes.rewind()
+            curved = _hessian_product(passes, params, updates)
             loss_term = loss_term + 0.5 * _inner(updates, curved)
             torch._foreach_add_(q, curved)
         return ProximalTerms(loss_term, fsd_term, wsd_term), q
@@ -186,77 +221,28 @@ class ProximalObjective:
                 "`outputs` must be a closure that runs the model on the mini-batch B', got None "
                 "while `fsd_weight` > 0; pass outputs=lambda: model(x_other) or set fsd_weight=0."
             )
-        value = outputs()
-        items = _items(value)
-        if not isinstance(self.discrepancy, dict):
-            return {name: _entry(name, item) for name, item in items.items()}
-        missing = [name for name in self.discrepancy if name not in items]
-        if missing:
-            raise ValueError(
-                f"`outputs` must have an entry {missing[0]!r}, for which `discrepancy` has a "
-                f"divergence, got {type(value).__name__} with {list(items)}; name the entries as "
-                "the model does."
-            )
-        return {name: _entry(name, items[name]) for name in self.discrepancy}
+        return entries_of(outputs(), self.discrepancy)
 
-    def _current_outputs(
-        self, outputs: OutputsClosure | None, rewind: Callable[[], None]
-    ) -> Entries:
+    def _current_outputs(self, passes: Passes) -> Entries:
         """z₀, constant; by the same kernels as z (gradients enabled), so that D_F(θ, θ) = 0."""
-        rewind()
+        passes.rewind()
         with torch.enable_grad():
-            entries = self._call(outputs)
-        current: Entries = {name: (z.detach(), mask) for name, (z, mask) in entries.items()}
-        _require_usable(current)
-        return current
+            return _constant(self._call(passes.outputs))
 
     def _divergence(self, ahead: Entries, current: Entries) -> Tensor:
-        """D_F(z, z₀), summed over the outputs, a scalar with a graph; masks as they were at θ."""
-        if list(ahead) != list(current):
-            raise ValueError(
-                f"`outputs` must return the same entries twice, got {list(current)} at θ and "
-                f"{list(ahead)} at θ'."
-            )
-        values = []
-        for name, (z0, mask) in current.items():
-            z = ahead[name][0]
-            if z.shape != z0.shape:
-                raise ValueError(
-                    f"{_label(name)} must return one shape, got {tuple(z0.shape)} at θ and "
-                    f"{tuple(z.shape)} at θ'; draw the mini-batch B' outside the closure."
-                )
-            values.append(_require_scalar(self._compare(name, z, z0, mask), "discrepancy"))
-        return torch.stack(values).sum()
-
-    def _compare(self, name: Name, z: Tensor, z0: Tensor, mask: Tensor | None) -> Tensor:
-        """D_F(z, z₀) of one output."""
-        rho = self.discrepancy
-        if isinstance(rho, dict):
-            assert name is not None
-            rho = rho[name]
-        if mask is None:
-            return rho(z, z0)
-        if not isinstance(rho, Discrepancy):
-            raise TypeError(
-                "`discrepancy` must be a Discrepancy where `outputs` are Masked, got "
-                f"{type(rho).__name__}; subclass apo_core.Discrepancy and write per_example()."
-            )
-        return rho.masked(z, z0, mask)
+        """D_F(z, z₀), summed over the outputs, a scalar with a graph."""
+        values = divergence_values(self.discrepancy, ahead, current)
+        return torch.stack([_require_graph(value, "`discrepancy`") for value in values]).sum()
 
     def _quadratic_fsd(
-        self,
-        params: Tensors,
-        updates: Tensors,
-        outputs: OutputsClosure | None,
-        rewind: Callable[[], None],
+        self, params: Tensors, updates: Tensors, passes: Passes
     ) -> tuple[Tensor, list[Tensor]]:
         """½ΔᵀGΔ and GΔ = Jᵀ H_ρ (JΔ): the products JΔ and H_ρ(JΔ) by differentiating twice."""
-        rewind()
+        passes.rewind()
         with torch.enable_grad():
-            entries = self._call(outputs)
-            current: Entries = {name: (z.detach(), mask) for name, (z, mask) in entries.items()}
-            _require_usable(current)
-            z = [_require_graph(value, _label(name)) for name, (value, _) in entries.items()]
+            entries = self._call(passes.outputs)
+            current = _constant(entries)
+            z = [_require_graph(value, label(name)) for name, (value, _) in entries.items()]
             dummies = [torch.zeros_like(value, requires_grad=True) for value in z]
             pulled = torch.autograd.grad(  # Jᵀ dummy, linear in dummy
                 z, params, dummies, create_graph=True, allow_unused=True, materialize_grads=True
@@ -270,98 +256,28 @@ class ProximalObjective:
             }
             slopes = torch.autograd.grad(self._divergence(ahead, current), free, create_graph=True)
             curved = torch.autograd.grad(slopes, free, changes)  # H_ρ JΔ / batch
-            return 0.5 * _inner(changes, curved), gradient(z, params, curved)
+            scale = passes.loss_scale
+            product = gradient(z, params, [scale * c for c in curved])
+            return 0.5 * _inner(changes, curved), [p / scale for p in product]
 
 
-def _resolve(
-    discrepancy: str | Divergence | Mapping[str | int, str | Divergence],
-) -> Divergence | dict[str | int, Divergence]:
-    """One divergence for every output, or one for each name."""
-    if not isinstance(discrepancy, Mapping):
-        return resolve_discrepancy(discrepancy)
-    if not discrepancy:
-        raise ValueError(
-            "`discrepancy` must name at least one output, got an empty mapping; set fsd_weight=0 "
-            "to leave the FSD out."
-        )
-    return {name: resolve_discrepancy(rho) for name, rho in discrepancy.items()}
+def _constant(entries: Entries) -> Entries:
+    """The outputs at θ without their graph, and their masks, which must leave something."""
+    require_sound_masks(entries)
+    return {name: (z.detach(), mask) for name, (z, mask) in entries.items()}
 
 
-def _items(outputs: object) -> dict[Name, object]:
-    """What the closure returned, by name."""
-    items: dict[Name, object]
-    if isinstance(outputs, Mapping):
-        items = dict(outputs)
-    elif isinstance(outputs, Sequence) and not isinstance(outputs, Masked | str):
-        items = dict(enumerate(outputs))
-    else:
-        return {None: outputs}
-    if not items:
-        raise ValueError(
-            f"`outputs` must return at least one tensor, got an empty {type(outputs).__name__}."
-        )
-    return items
-
-
-def _entry(name: Name, value: object) -> tuple[Tensor, Tensor | None]:
-    """One output with its mask, checked."""
-    z, mask = value if isinstance(value, Masked) else (value, None)
-    if not isinstance(z, Tensor) or z.dim() == 0:
-        got = "a 0-d tensor" if isinstance(z, Tensor) else type(z).__name__
-        raise TypeError(
-            f"{_label(name)} must return a tensor (batch, ..., outputs), got {got}; return the "
-            "logits or predictions of every example, and of several outputs a tuple, a list or a "
-            "mapping; a mapping as `discrepancy` chooses among them."
-        )
-    if isinstance(value, Masked):
-        got = tuple(value.mask.shape) if isinstance(value.mask, Tensor) else None
-        if not got or got != tuple(z.shape[: len(got)]):
-            raise ValueError(
-                f"the mask of {_label(name)} must be a tensor with the first dimensions of the "
-                f"outputs' shape {tuple(z.shape)}, got {got or type(value.mask).__name__}; give "
-                "one weight an example or a token."
-            )
-    return z, mask
-
-
-def _label(name: Name) -> str:
-    return "`outputs`" if name is None else f"`outputs[{name!r}]`"
-
-
-def _require_usable(current: Entries) -> None:
-    """Finite where they count, and masks that leave something; one synchronization if all is."""
-    finite, sound = [], []
-    for z, mask in current.values():
-        good = z.isfinite()
-        if mask is not None:
-            good |= (mask == 0).reshape(mask.shape + (1,) * (z.dim() - mask.dim()))
-            sound.append((mask >= 0).all() & (mask > 0).any() & mask.isfinite().all())
-        finite.append(good.all())
-    if bool(torch.stack(finite + sound).all()):
-        return
-    for name, ok in zip(current, finite, strict=True):
-        if not bool(ok):
-            raise ValueError(
-                f"{_label(name)} must be finite at the current parameters, got NaN or infinity; "
-                "check the mini-batch B' for non-finite inputs."
-            )
-    raise ValueError(
-        "the mask of `outputs` must be bool or finite non-negative weights, some of them positive, "
-        "got another; leave out a mini-batch of padding alone."
-    )
-
-
-def _hessian_product(loss: Closure, params: Tensors, direction: Tensors) -> list[Tensor]:
+def _hessian_product(passes: Passes, params: Tensors, direction: Tensors) -> list[Tensor]:
     """Hv of J_B at the present parameters: the gradient of ⟨∇J_B, v⟩."""
     with torch.enable_grad():
-        value = _require_scalar(loss(), "loss")
+        value = passes.loss_scale * _loss_value(passes.loss)
         slopes = torch.autograd.grad(
             value, params, create_graph=True, allow_unused=True, materialize_grads=True
         )
         along = _inner(slopes, direction)
         if not along.requires_grad:  # J_B is linear in θ
             return [torch.zeros_like(p) for p in params]
-        return gradient(along, params)
+        return [h / passes.loss_scale for h in gradient(along, params)]
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
@@ -369,19 +285,15 @@ def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
     return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
 
 
-def _require_scalar(value: object, name: str) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f"`{name}` must return a scalar tensor, got {got}; reduce over the batch with mean()."
-        )
-    return _require_graph(value, f"`{name}`").reshape(())
+def _loss_value(loss: Closure) -> Tensor:
+    """J_B at the present parameters, () with a graph."""
+    return _require_graph(require_scalar(loss(), "loss"), "`loss`")
 
 
-def _require_graph(value: Tensor, label: str) -> Tensor:
+def _require_graph(value: Tensor, what: str) -> Tensor:
     if not value.requires_grad:
         raise ValueError(
-            f"{label} must return a tensor that depends on the parameters, got one without a "
+            f"{what} must return a tensor that depends on the parameters, got one without a "
             "graph; compute it with the model inside the closure, not detached or in no_grad()."
         )
     return value

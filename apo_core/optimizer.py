@@ -5,28 +5,31 @@ symbol   here                meaning
 φ        `rule.parameters()` the optimizer's own parameters
 K        `interval`          steps from one meta-step to the next
 α        `meta_optimizer`    its learning rate; any torch.optim object over φ
-g        `.grad`             ∇J_B(θ), from the user's backward pass; it does not depend on φ
-Δ        `updates`           u(θ, φ, g) − θ
-q                            ∇_θ' Q, so that dQ/dφ = (∂Δ/∂φ)ᵀ q: no graph through the network
+g        `.grad`             ∇J_B(θ), from the user's backward pass
+Δ        `moves`             u(θ, φ, g) − θ
 
 Source: P22 Algorithm 1.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
+from apo_core.compatibility import require_instance, require_phi, require_shardable
 from apo_core.diagnostics import describe_phi, describe_q
-from apo_core.distributed import mean_over_ranks, without_synchronization
-from apo_core.lookahead import undisturbed
+from apo_core.distributed import is_sharded, local, on_all_ranks
+from apo_core.meta_gradient import MetaGradient, MetaProblem, describe, propose, seen_by
 from apo_core.objective import ProximalObjective
-from apo_core.types import Closure, OutputsClosure, ProximalTerms, State, trainable_parameters
+from apo_core.safety import all_finite, choose_state, masked, warn_of_meta_step, warn_of_step
+from apo_core.trust_region import fit_step, shorten_move
+from apo_core.types import Closure, OutputsClosure, ProximalTerms, Tensors, trainable_parameters
 from apo_core.update_rule import UpdateRule
+
+COUNTERS = ("steps", "meta_steps", "skipped_meta_steps", "trust_scale", "halvings")
 
 
 class Warmup(NamedTuple):
@@ -53,11 +56,16 @@ class APO(torch.optim.Optimizer):
     optimizer.step()
     ```
 
+    A gradient, lookahead, loss or meta-gradient that is not finite changes neither θ nor φ: the
+    step or the meta-step is left out, counted, and the first of each kind warned of.
+
+    Its one parameter group has `update_scale` as "lr": a scheduler of `torch.optim` scales the step
+    that is taken, on top of the φ that is learned.
+
     Args:
         model: the module to train. A meta-step leaves its parameters, gradients and buffers and
             torch's random state as they were. Under DistributedDataParallel the wrapped model, on
-            which the closures run as well: φ is then the same on every rank, at one all-reduce of
-            |φ| + 3 numbers a meta-step.
+            which the closures run as well; under FSDP2 the model after `fully_shard`.
         rule: u(θ, φ, g), built on the same model.
         objective: Q.
         meta_optimizer: any `torch.optim` object over `rule.parameters()`. P22 uses RMSprop with
@@ -69,9 +77,11 @@ class APO(torch.optim.Optimizer):
         warmup: `Warmup(optimizer, steps)` or None.
 
     Attributes:
-        steps: steps taken.
+        steps: calls of `step`.
         meta_steps: meta-steps that changed φ.
-        skipped_meta_steps: meta-steps that found a non-finite meta-gradient and left φ alone.
+        skipped_meta_steps: meta-steps that found something not finite and left φ alone.
+        trust_scale: s in (0, 1], which shortens lookahead and step; see `apo_core.trust_region`.
+        halvings: how often the trust region halved a move of φ.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -89,99 +99,132 @@ class APO(torch.optim.Optimizer):
         warmup: Warmup | None = None,
     ) -> None:
         self._named = trainable_parameters(model)
-        _require_instance("rule", rule, UpdateRule)
-        _require_instance("objective", objective, ProximalObjective)
-        _require_instance("meta_optimizer", meta_optimizer, torch.optim.Optimizer)
-        _require_phi(rule, meta_optimizer)
+        require_instance("rule", rule, UpdateRule)
+        require_instance("objective", objective, ProximalObjective)
+        require_instance("meta_optimizer", meta_optimizer, torch.optim.Optimizer)
+        require_phi(rule, meta_optimizer)
         if not (isinstance(interval, int) and interval >= 1):
             raise ValueError(f"`interval` must be an integer of at least 1, got {interval!r}.")
         if not 0 < update_scale <= 1:
             raise ValueError(f"`update_scale` must lie in (0, 1], got {update_scale}.")
         if warmup is not None and warmup.steps < 0:
             raise ValueError(f"`warmup.steps` must be at least 0, got {warmup.steps}.")
-        super().__init__([{"params": list(self._named.values())}], {})
+        params: Tensors = list(self._named.values())
+        if any(map(is_sharded, params)):
+            require_shardable(rule, objective)
+        super().__init__([{"params": params}], {"lr": update_scale})
         self.model = model
         self.rule = rule
         self.objective = objective
         self.meta_optimizer = meta_optimizer
         self.interval = interval
-        self.update_scale = update_scale
         self.warmup = warmup
-        self.rule_state = rule.init_state(self._params)
+        self.rule_state = rule.init_state(seen_by(rule, params))
         self.steps = 0
         self.meta_steps = 0
         self.skipped_meta_steps = 0
-        self._last_terms: ProximalTerms | None = None
-
-    @property
-    def _params(self) -> list[Tensor]:
-        return list(self._named.values())
+        self.trust_scale = 1.0
+        self.halvings = 0
+        self._skipped = torch.zeros((), dtype=torch.int64, device=params[0].device)
+        self._warned_of_step = False
+        self._last: MetaGradient | None = None
 
     @property
     def meta_due(self) -> bool:
         """Whether this step is one of every K that has a meta-step: t mod K = 0."""
         return self.steps % self.interval == 0
 
-    def meta_step(self, *, loss: Closure, outputs: OutputsClosure | None = None) -> ProximalTerms:
+    @property
+    def update_scale(self) -> float:
+        """What multiplies the step that is taken: the "lr" of the one parameter group."""
+        return float(self.param_groups[0]["lr"])
+
+    @update_scale.setter
+    def update_scale(self, value: float) -> None:
+        self.param_groups[0]["lr"] = value
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that found something not finite and left θ alone; reading it waits for the device.
+
+        The steps of the warm-up are among them.
+        """
+        return int(self._skipped)
+
+    def meta_step(
+        self, *, loss: Closure, outputs: OutputsClosure | None = None, loss_scale: float = 1.0
+    ) -> ProximalTerms:
         """φ ← φ − α ∇Q(φ): one step of the meta-optimizer, at the gradients g now in `.grad`.
 
         Args:
             loss: runs the model on the mini-batch B that gave g, and returns the mean loss.
             outputs: runs the model on another mini-batch B' and returns its outputs, (batch, ...).
                 Not needed where `fsd_weight` is 0.
+            loss_scale: multiplies what goes backward at θ' and is divided out of the result; with
+                float16 give `GradScaler.get_scale()`, after `GradScaler.unscale_` of `.grad`.
 
         Returns:
-            The addends of Q, before φ changed.
+            The addends of Q, before φ changed; not finite where the meta-step was skipped.
 
         Raises:
-            RuntimeError: no gradient is there, or one is not finite; the update does not depend on
-                φ.
-            ValueError: a closure returned something of the wrong shape, or non-finite outputs at θ.
+            RuntimeError: no gradient is there; the update does not depend on φ.
+            ValueError: a closure returned something of the wrong shape.
         """
+        problem = self._problem(loss, outputs, loss_scale)
         if isinstance(self.meta_optimizer, torch.optim.LBFGS):
-            return self._solve(self.meta_optimizer, loss, outputs)
-        self.meta_optimizer.zero_grad()
-        terms = self.meta_backward(loss=loss, outputs=outputs)
-        self._last_terms = terms
-        if self._meta_gradient_is_finite():
+            return self._solve(self.meta_optimizer, problem)
+        found, ceiling = self._meta_gradient(problem)
+        if found.trouble is None:
+            phi: Tensors = [self.rule.get_parameter(name) for name in found.gradients]
+            before = [p.detach().clone() for p in phi] if ceiling is not None else []
+            self.meta_optimizer.zero_grad()
+            for p, gradient in zip(phi, found.gradients.values(), strict=True):
+                p.grad = gradient
             self.meta_optimizer.step()
+            if ceiling is not None:
+                self.halvings += shorten_move(problem, phi, before, ceiling, self.trust_scale)
             self.meta_steps += 1
-        else:
-            self._skip()
-        return terms
+        return found.terms
 
     def meta_backward(
-        self, *, loss: Closure, outputs: OutputsClosure | None = None, scale: float = 1.0
+        self,
+        *,
+        loss: Closure,
+        outputs: OutputsClosure | None = None,
+        loss_scale: float = 1.0,
+        weight: float = 1.0,
     ) -> ProximalTerms:
-        """Add `scale` · dQ/dφ = (∂Δ/∂φ)ᵀ q to φ's `.grad`; φ and θ stay.
+        """Add `weight` · dQ/dφ = (∂Δ/∂φ)ᵀ q to φ's `.grad`; φ and θ stay.
 
         The pieces for a meta-gradient averaged over several mini-batches: `meta_optimizer.
-        zero_grad()`, this with scale 1/n for each, `meta_optimizer.step()`.
+        zero_grad()`, this with weight 1/n for each, `meta_optimizer.step()`. What is not finite is
+        not added, and counted as a skipped meta-step.
 
         Args:
             loss: as in `meta_step`.
             outputs: as in `meta_step`.
-            scale: the factor of the meta-gradient.
+            loss_scale: as in `meta_step`.
+            weight: the factor of the meta-gradient.
 
         Returns:
-            The addends of Q, not scaled.
+            The addends of Q, not weighted.
 
         Raises:
             RuntimeError: as in `meta_step`.
             ValueError: as in `meta_step`.
         """
-        params = self._params
-        state = self.rule_state if self.rule.lookahead_from_state else {}
-        with torch.enable_grad():
-            grads, updates, _ = self._update(state, check_finite=True)
-        with undisturbed(self.model) as rewind, without_synchronization(self.model):
-            detached = [u.detach() for u in updates]
-            terms, q = self.objective.gradient(params, grads, detached, loss, outputs, rewind)
-        return self._pull_back(updates, [scale * qi for qi in q] if scale != 1.0 else q, terms)
+        found, _ = self._meta_gradient(self._problem(loss, outputs, loss_scale))
+        for name, gradient in found.gradients.items():
+            p = self.rule.get_parameter(name)
+            p.grad = weight * gradient if p.grad is None else p.grad + weight * gradient
+        return found.terms
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """θ ← θ + update_scale · (u(θ, φ, g) − θ), or the warm-up optimizer's step.
+
+        Neither θ nor the rule's state changes where the gradient or the update is not finite. That
+        is decided on the device: no synchronization, but in the warm-up.
 
         Args:
             closure: recomputes the loss and the gradients, and returns the loss.
@@ -190,20 +233,22 @@ class APO(torch.optim.Optimizer):
             The closure's loss, or None.
 
         Raises:
-            RuntimeError: every gradient is missing, or one is not finite (seen at once on the CPU,
-                on other devices at the next meta-step, to spare a synchronization).
+            RuntimeError: every gradient is missing.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         if self.warmup is not None and self.steps < self.warmup.steps:
-            self.warmup.optimizer.step()
+            self._warm_up(self.warmup.optimizer)
         else:
-            params = self._params
-            on_cpu = params[0].device.type == "cpu"
-            _, updates, self.rule_state = self._update(self.rule_state, check_finite=on_cpu)
-            torch._foreach_add_(params, updates, alpha=self.update_scale)
+            grads, _, moves, next_state = propose(self.rule, self._named, self.rule_state)
+            finite = on_all_ranks(self.model, all_finite([*grads, *moves]))
+            self._count(finite, grads, moves)
+            self.rule_state = choose_state(finite, next_state, self.rule_state)
+            params = local(list(self._named.values()))
+            scale = self.update_scale * self.trust_scale
+            torch._foreach_add_(params, masked(finite, moves), alpha=scale)
         self.steps += 1
         return loss
 
@@ -227,14 +272,13 @@ class APO(torch.optim.Optimizer):
         The counters; after a meta-step Q and its addends before φ changed, and the norm of the
         meta-gradient; the least, mean and largest entry of every φ, in its own coordinates.
         """
-        counted = ("steps", "meta_steps", "skipped_meta_steps")
-        counters = {name: float(getattr(self, name)) for name in counted}
-        last = describe_q(self._last_terms, self.rule) if self._last_terms is not None else {}
+        counters = {name: float(getattr(self, name)) for name in (*COUNTERS, "skipped_steps")}
+        last = describe_q(self._last.terms, self._last.norm) if self._last is not None else {}
         return counters | last | describe_phi(self.rule)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All of it: a deep copy or a pickle holds its own model, rule and optimizers."""
-        return self.__dict__.copy()
+        """All but the last meta-step: a copy or a pickle has its own model, rule and optimizers."""
+        return self.__dict__ | {"_last": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a run needs to go on: φ, the rule's state, all optimizers, the counters.
@@ -247,9 +291,8 @@ class APO(torch.optim.Optimizer):
             "rule_state": self.rule_state,
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "warmup": warm,
-            "steps": self.steps,
-            "meta_steps": self.meta_steps,
-            "skipped_meta_steps": self.skipped_meta_steps,
+            "skipped_steps": self.skipped_steps,
+            **{name: getattr(self, name) for name in COUNTERS},
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,128 +316,85 @@ class APO(torch.optim.Optimizer):
         self.meta_optimizer.load_state_dict(state_dict["meta_optimizer"])
         if self.warmup is not None:
             self.warmup.optimizer.load_state_dict(state_dict["warmup"])
+        params = self._named.values()
         self.rule_state = {
-            name: [t.to(p.device).clone() for t, p in zip(tensors, self._params, strict=True)]
+            name: [t.to(p.device).clone() for t, p in zip(tensors, params, strict=True)]
             for name, tensors in state_dict["rule_state"].items()
         }
-        self.steps = state_dict["steps"]
-        self.meta_steps = state_dict["meta_steps"]
-        self.skipped_meta_steps = state_dict["skipped_meta_steps"]
+        self._skipped.fill_(state_dict["skipped_steps"])
+        for name in COUNTERS:
+            setattr(self, name, state_dict[name])
 
-    def _solve(
-        self, solver: torch.optim.LBFGS, loss: Closure, outputs: OutputsClosure | None
-    ) -> ProximalTerms:
-        """A meta-step of a meta-optimizer that evaluates Q several times."""
-        phi: list[Tensor] = [p for p in self.rule.parameters() if p.requires_grad]
-        before = [p.detach().clone() for p in phi]
-        evaluations: list[ProximalTerms] = []
+    def _problem(
+        self, loss: Closure, outputs: OutputsClosure | None, loss_scale: float
+    ) -> MetaProblem:
+        """Q on these mini-batches."""
+        if self._skipped.device.type != "cpu":
+            self._report_steps("a gradient or an update")
+        state = self.rule_state if self.rule.lookahead_from_state else {}
+        return MetaProblem(
+            self.model, self.rule, self.objective, self._named, state, loss, outputs, loss_scale
+        )
+
+    def _meta_gradient(self, problem: MetaProblem) -> tuple[MetaGradient, Tensor | None]:
+        """Q and dQ/dφ; within a trust region also how large Q may become by the move of φ."""
+        ceiling = None
+        if self.objective.trust_factor is None:
+            found = problem.gradient(self.trust_scale)
+        else:
+            self.trust_scale, found, ceiling = fit_step(problem, self.trust_scale)
+        self._last = found
+        if found.trouble is not None:
+            self._skip_meta_step(found.trouble)
+        return found, ceiling
+
+    def _solve(self, solver: torch.optim.LBFGS, problem: MetaProblem) -> ProximalTerms:
+        """A meta-step of a meta-optimizer that evaluates Q several times, in the same region."""
+        phi = {name: p for name, p in self.rule.named_parameters() if p.requires_grad}
+        before = [p.detach().clone() for p in phi.values()]
+        first, _ = self._meta_gradient(problem)
+        if first.trouble is not None:
+            return first.terms
+        given: Iterator[MetaGradient] = iter([first])
 
         def evaluate() -> Tensor:
-            solver.zero_grad()
-            evaluations.append(self.meta_backward(loss=loss, outputs=outputs))
-            return evaluations[-1].total
+            found = next(given, None) or problem.gradient(self.trust_scale)
+            if found.trouble is not None:
+                raise FloatingPointError(found.trouble)
+            for name, p in phi.items():
+                p.grad = found.gradients[name]
+            return found.terms.total
 
-        solver.step(evaluate)  # type: ignore[arg-type]
-        if all(bool(p.isfinite().all()) for p in phi):
+        try:
+            solver.step(evaluate)  # type: ignore[arg-type]
             self.meta_steps += 1
-        else:
+        except FloatingPointError as trouble:
             with torch.no_grad():
-                torch._foreach_copy_(phi, before)
-            self._skip()
-        return evaluations[0]
+                torch._foreach_copy_(list(phi.values()), before)
+            solver.state.clear()  # it may hold what is not finite
+            self._skip_meta_step(str(trouble))
+        return first.terms
 
-    def _update(self, state: State, check_finite: bool) -> tuple[list[Tensor], list[Tensor], State]:
-        """g, Δ and the next state. A parameter without gradient stays, and so does its state."""
-        params = [p.detach() for p in self._params]
-        grads = self._gradients(check_finite)
-        updates, next_state = self.rule(params, grads, state)
-        self._require_updates(updates)
-        for index, p in enumerate(self._params):
-            if p.grad is None:
-                updates[index] = 0.0 * updates[index]  # with a graph: dQ/dφ is 0 there
-                for name in next_state.keys() & state.keys():
-                    next_state[name][index] = state[name][index]
-        return grads, updates, next_state
+    def _warm_up(self, base: torch.optim.Optimizer) -> None:
+        """A step of the user's own optimizer, which knows no finiteness of its own."""
+        grads = local([p.grad for p in self._named.values() if p.grad is not None])
+        finite = on_all_ranks(self.model, all_finite(grads))
+        self._count(finite, grads, [])
+        if bool(finite):
+            base.step()
 
-    def _gradients(self, check_finite: bool) -> list[Tensor]:
-        """g, one for each parameter, zero for one that has none."""
-        if all(p.grad is None for p in self._params):
-            raise RuntimeError("a parameter must have a gradient, got none; call backward() first.")
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-        if check_finite:
-            norms = torch.stack(torch._foreach_norm(grads))
-            if not bool(norms.isfinite().all()):
-                worst = norms.isfinite().tolist().index(False)
-                raise RuntimeError(
-                    f"the gradient of parameter `{list(self._named)[worst]}` must be finite, got "
-                    "NaN or infinity; check the mini-batch and the loss. Neither θ nor φ changed."
-                )
-        return grads
+    def _count(self, finite: Tensor, grads: Tensors, moves: Tensors) -> None:
+        """Count a step that is skipped; warn of the first at once where that costs no waiting."""
+        self._skipped += ~finite
+        if finite.device.type == "cpu" and not bool(finite):
+            self._report_steps(describe(list(self._named), grads, moves))
 
-    def _require_updates(self, updates: list[Tensor]) -> None:
-        got = [tuple(u.shape) for u in updates]
-        expected = [tuple(p.shape) for p in self._params]
-        if got != expected:
-            raise ValueError(
-                f"`rule` must return one update of the shape of each parameter, {expected}, got "
-                f"{got}; build the rule on the model that APO trains."
-            )
-
-    def _pull_back(
-        self, updates: list[Tensor], q: list[Tensor], terms: ProximalTerms
-    ) -> ProximalTerms:
-        """φ.grad += (∂Δ/∂φ)ᵀ q; the gradient, and the terms, are means over the ranks."""
-        phi = {name: p for name, p in self.rule.named_parameters() if p.requires_grad}
-        reached = [(u, qi) for u, qi in zip(updates, q, strict=True) if u.requires_grad]
-        pulled: tuple[Tensor | None, ...] = (None,) * len(phi)
-        if reached:
-            outputs, weights = zip(*reached, strict=True)
-            pulled = torch.autograd.grad(outputs, list(phi.values()), weights, allow_unused=True)
-        gradients: list[Tensor] = []
-        for name, gradient in zip(phi, pulled, strict=True):
-            if gradient is None:
-                raise RuntimeError(
-                    f"the update of {type(self.rule).__name__} must be differentiable in φ, got "
-                    f"one that does not depend on `{name}`; compute it from the parameter itself "
-                    "(no .data, .item() or detach()) or freeze it with requires_grad_(False)."
-                )
-            gradients.append(gradient)
-        *gradients, loss, fsd, wsd = mean_over_ranks(self.model, [*gradients, *terms])
-        for p, gradient in zip(phi.values(), gradients, strict=True):
-            p.grad = gradient if p.grad is None else p.grad + gradient
-        return ProximalTerms(loss, fsd, wsd)
-
-    def _meta_gradient_is_finite(self) -> bool:
-        grads = [p.grad for p in self.rule.parameters() if p.grad is not None]
-        return bool(torch.stack(torch._foreach_norm(grads)).isfinite().all())
-
-    def _skip(self) -> None:
-        """Count a meta-step that left φ alone, and warn of the first."""
+    def _skip_meta_step(self, trouble: str) -> None:
         if self.skipped_meta_steps == 0:
-            warnings.warn(
-                "a meta-gradient was not finite (the lookahead diverged), so φ stayed as it was; "
-                "lower the initial learning rate or `initial_scale`, or raise `wsd_weight`. Later "
-                "ones are only counted, in `skipped_meta_steps`.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+            warn_of_meta_step(trouble)
         self.skipped_meta_steps += 1
 
-
-def _require_instance(name: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"`{name}` must be a {kind.__name__}, got {type(value).__name__}.")
-
-
-def _require_phi(rule: UpdateRule, meta_optimizer: torch.optim.Optimizer) -> None:
-    phi = {id(p) for p in rule.parameters() if p.requires_grad}
-    if not phi:
-        raise ValueError(
-            "`rule` must have a parameter φ with requires_grad, got none: nothing is left to learn."
-        )
-    held = {id(p) for group in meta_optimizer.param_groups for p in group["params"]}
-    if not phi <= held:
-        raise ValueError(
-            f"`meta_optimizer` must hold every φ of the rule, got {len(phi & held)} of {len(phi)}; "
-            "build it as torch.optim.RMSprop(rule.parameters(), lr=0.1)."
-        )
+    def _report_steps(self, what: str) -> None:
+        if not self._warned_of_step and self.skipped_steps:
+            self._warned_of_step = True
+            warn_of_step(what)

@@ -21,11 +21,20 @@ class UpdateRule(nn.Module, ABC):
         lookahead_from_state: whether the meta-step looks ahead with the rule's state (P22 footnote
             1: the state is there, and fixed for φ) or with an empty state `{}`, as if there were
             no history (P18 section 5 on momentum). An instance attribute, True unless set.
+        elementwise: whether every entry of the update depends on its own entry of θ, g and state
+            alone, and φ has not the shape of the parameters: then each rank of FSDP2 needs only
+            its shards. An instance attribute, False unless set.
+        claims: properties that hold for every φ, by their names in `apo_core.testing.CLAIMS`
+            ("descent", "psd", "scale invariant", ...); the conformance kit checks them. An
+            attribute of the class or the instance, empty unless set.
     """
+
+    claims: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         super().__init__()
         self.lookahead_from_state = True
+        self.elementwise = False
 
     @abstractmethod
     def init_state(self, params: Tensors) -> State:

@@ -134,7 +134,7 @@ def _meta_step(
     other = problem.batch("discrepancy")
     with warnings.catch_warnings():
         # counted in the record as "skipped_meta_steps"
-        warnings.filterwarnings("ignore", "a meta-gradient was not finite", RuntimeWarning)
+        warnings.filterwarnings("ignore", "a meta-step was skipped", RuntimeWarning)
         q = amortized.meta_step(
             loss=partial(problem.loss, model, batch),
             outputs=partial(problem.outputs, model, other),

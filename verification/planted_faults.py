@@ -68,9 +68,9 @@ FAULTS = (
     ),
     Fault(
         "the sign of dQ/dφ",
-        "apo_core/optimizer.py",
-        "p.grad = gradient if p.grad is None else p.grad + gradient",
-        "p.grad = -gradient if p.grad is None else p.grad - gradient",
+        "apo_core/meta_gradient.py",
+        "gradients[name] = gradient\n",
+        "gradients[name] = -gradient\n",
     ),
     Fault(
         "the FSD on the loss's mini-batch, in the oracle",
@@ -93,7 +93,7 @@ FAULTS = (
     Fault(
         "the lookahead left in place after a meta-step",
         "apo_core/lookahead.py",
-        "torch._foreach_copy_(params, current)",
+        "torch._foreach_copy_(theta, current)",
         "pass",
     ),
     Fault(
@@ -105,20 +105,20 @@ FAULTS = (
     Fault(
         "another dropout mask in the second FSD pass",
         "apo_core/objective.py",
-        "                if current is not None:\n                    rewind()\n",
+        "                if current is not None:\n                    passes.rewind()\n",
         "                if current is not None:\n",
     ),
     Fault(
         "the lookahead at -Δ",
         "apo_core/lookahead.py",
-        "torch._foreach_add_(params, updates)",
-        "torch._foreach_add_(params, updates, alpha=-1)",
+        "torch._foreach_add_(theta, updates)",
+        "torch._foreach_add_(theta, updates, alpha=-1)",
     ),
     Fault(
         "λ_FSD left out of q",
         "apo_core/objective.py",
-        "torch._foreach_add_(q, gradient(value, params), alpha=self.fsd_weight)",
-        "torch._foreach_add_(q, gradient(value, params))",
+        "add_slope(value, self.fsd_weight)",
+        "add_slope(value, 1.0)",
     ),
     Fault(
         "KL the other way round",
@@ -135,8 +135,8 @@ FAULTS = (
     Fault(
         "the update scale in the wrong place",
         "apo_core/optimizer.py",
-        "torch._foreach_add_(params, updates, alpha=self.update_scale)",
-        "torch._foreach_add_(params, updates)",
+        "scale = self.update_scale * self.trust_scale",
+        "scale = self.trust_scale",
     ),
     Fault(
         "the second moment forgets all but the new gradient, in RMSprop",
@@ -221,6 +221,36 @@ FAULTS = (
         "reference/discrepancies.py",
         "return p * (1.0 - p) * (z - z0) if",
         "return p * (z - z0) if",
+    ),
+    Fault(
+        "a non-finite update taken",
+        "apo_core/safety.py",
+        '    if finite.device.type == "cpu" and bool(finite):\n        return tensors\n',
+        '    if finite.device.type == "cpu":\n        return tensors\n',
+    ),
+    Fault(
+        "the state of a skipped step kept",
+        "apo_core/optimizer.py",
+        "choose_state(finite, next_state, self.rule_state)",
+        "next_state",
+    ),
+    Fault(
+        "the trust region's scale left out of dQ/dφ",
+        "apo_core/meta_gradient.py",
+        "if step_scale != 1.0:\n            q =",
+        "if False:\n            q =",
+    ),
+    Fault(
+        "the loss scale not divided out",
+        "apo_core/objective.py",
+        "alpha=weight / scale",
+        "alpha=weight",
+    ),
+    Fault(
+        "shards averaged instead of summed",
+        "apo_core/meta_gradient.py",
+        "step_scale *= parts",
+        "pass",
     ),
 )
 

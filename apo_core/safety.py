@@ -1,0 +1,72 @@
+"""What is not finite reaches neither θ nor φ: it is skipped, counted and reported."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from apo_core.types import State, Tensors
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every tensor's norm is finite, a 0-d bool on their device: no synchronization.
+
+    A norm that overflows counts as not finite, since squares of such entries do.
+    """
+    narrow = all(t.dtype != torch.float64 for t in tensors)
+    # 16-bit norms would overflow long before the squares do in float32.
+    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if narrow else None)
+    return torch.stack(norms).isfinite().all()
+
+
+def first_not_finite(names: Sequence[str], tensors: Tensors) -> str | None:
+    """The name of the first tensor whose norm is not finite, or None."""
+    for name, tensor in zip(names, tensors, strict=True):
+        if not bool(all_finite([tensor])):
+            return name
+    return None
+
+
+def masked(finite: Tensor, tensors: Tensors) -> Tensors:
+    """The tensors where `finite`, else zeros; decided on the device."""
+    if finite.device.type == "cpu" and bool(finite):
+        return tensors
+    return [torch.where(finite, t, 0.0) for t in tensors]
+
+
+def choose_state(finite: Tensor, new: State, old: State) -> State:
+    """`new` where `finite`, else `old`; on the device, but where the state has just begun to be."""
+    if finite.device.type == "cpu":
+        return new if bool(finite) else old
+    shapes = [{name: [t.shape for t in ts] for name, ts in state.items()} for state in (new, old)]
+    if shapes[0] != shapes[1]:
+        return new if bool(finite) else old
+    return {
+        name: [torch.where(finite, a, b) for a, b in zip(tensors, old[name], strict=True)]
+        for name, tensors in new.items()
+    }
+
+
+def warn_of_step(what: str) -> None:
+    """A step was left out."""
+    warnings.warn(
+        f"a step was skipped since {what} was not finite; θ and the rule's state stayed as they "
+        "were. Check the mini-batch and the loss. Later ones are only counted, in "
+        "`skipped_steps`.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def warn_of_meta_step(what: str) -> None:
+    """A meta-step was left out."""
+    warnings.warn(
+        f"a meta-step was skipped since {what} was not finite, so φ stayed as it was; where the "
+        "lookahead diverged, lower the initial learning rate or `initial_scale`, or raise "
+        "`wsd_weight`. Later ones are only counted, in `skipped_meta_steps`.",
+        RuntimeWarning,
+        stacklevel=4,
+    )
