@@ -138,7 +138,8 @@ class KFAC(UpdateRule):
         dimension that a layer reads counts the examples, those between it and the last are
         positions; a layer that is applied r times has r times as many examples, which makes its
         A ⊗ B r times too large. After an exception, the factors are as they were. Each block waits
-        once for the device, to see that its sums are finite.
+        once for the device, to see that its sums are finite. A model of `torch.compile` runs
+        uncompiled inside the block.
 
         Args:
             model: the one the rule was built on, or a copy.
@@ -154,7 +155,8 @@ class KFAC(UpdateRule):
         observation = Observation(self._layers_of(model), factors)
         self._observing = True
         try:
-            yield
+            with torch.compiler.set_stance("force_eager"):  # graphs compiled before have no hooks
+                yield
         finally:
             observation.close()
             self._observing = False
@@ -242,7 +244,8 @@ def _require_finite(names: list[str], pairs: Tensors) -> None:
             "`observe` must enclose a forward and a backward pass, got no gradient at any layer; "
             "call the model and backward() inside the block."
         )
-    finite = torch.stack(torch._foreach_norm(pairs)).isfinite()
+    # The largest entries: a Euclidean norm overflows where they do not.
+    finite = torch.stack(torch._foreach_norm(pairs, float("inf"))).isfinite()
     if not bool(finite.all()):
         raise RuntimeError(
             f"the factors of layer `{names[finite.tolist().index(False) // 2]}` must be finite, "

@@ -171,16 +171,3 @@ def test_the_meta_learning_rate_may_be_scheduled() -> None:
     frozen = rule.log_lr.detach().clone()
     train(optimizer, model, 3)
     assert torch.equal(rule.log_lr, frozen)
-
-
-def test_averaged_weights_follow_the_model() -> None:
-    model = network()
-    optimizer = build(model, "adam")
-    averaged = torch.optim.swa_utils.AveragedModel(model)
-    seen = []
-    for _ in range(3):
-        train(optimizer, model, 1)
-        averaged.update_parameters(model)
-        seen.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]))
-    mean = torch.cat([p.detach().reshape(-1) for p in averaged.module.parameters()])
-    torch.testing.assert_close(mean, torch.stack(seen).mean(dim=0))
