@@ -1,6 +1,7 @@
 """Amortized Proximal Optimization: an optimizer's own parameters, learned online."""
 
 from apo_core import rules
+from apo_core.amortization import AmortizationGap, amortization_gap
 from apo_core.discrepancies import (
     BernoulliKL,
     Bregman,
@@ -9,6 +10,7 @@ from apo_core.discrepancies import (
     GaussianKL,
     SquaredEuclidean,
 )
+from apo_core.functional import meta_objective
 from apo_core.objective import ProximalObjective
 from apo_core.optimizer import APO, Warmup
 from apo_core.preconditioners import (
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "APO",
     "EKFAC",
+    "AmortizationGap",
     "BernoulliKL",
     "BlockDiagonal",
     "BlockEKFAC",
@@ -55,5 +58,7 @@ __all__ = [
     "Stacked",
     "UpdateRule",
     "Warmup",
+    "amortization_gap",
+    "meta_objective",
     "rules",
 ]

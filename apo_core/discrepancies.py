@@ -17,6 +17,7 @@ from typing import Literal, TypeAlias, final
 
 import torch
 from torch import Tensor
+from torch.func import vjp
 from torch.nn.functional import log_softmax, logsigmoid
 
 Order: TypeAlias = Literal["lookahead_current", "current_lookahead"]
@@ -221,12 +222,14 @@ class Bregman(Discrepancy):
 
     def per_example(self, outputs: Tensor, current: Tensor) -> Tensor:
         """ρ of each example, (batch,)."""
-        with torch.enable_grad():
-            anchor = current.detach().requires_grad_()
-            at_current = _sum_over_outputs(self.potential(anchor))
-            (slope,) = torch.autograd.grad(at_current.sum(), anchor)
-        rise = _sum_over_outputs(self.potential(outputs)) - at_current.detach()
+        at_current, pull, *_ = vjp(self._summed, current)
+        (slope,) = pull(torch.ones_like(at_current))
+        rise = self._summed(outputs) - at_current
         return rise - _sum_over_outputs(slope * (outputs - current))
+
+    def _summed(self, z: Tensor) -> Tensor:
+        """ψ of each example, (batch,)."""
+        return _sum_over_outputs(self.potential(z))
 
 
 _NAMED: dict[str, Callable[[], Discrepancy]] = {

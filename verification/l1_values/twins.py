@@ -30,7 +30,7 @@ RULES = (
 )
 
 MODES = (("exact", "exact"), ("exact", "quadratic"), ("linear", "exact"), ("linear", "quadratic"))
-"""Of the loss and the FSD."""
+"""Of the loss and the FSD; `test_terms` and `test_objective_modes` have the quadratic loss."""
 
 
 @final
@@ -55,8 +55,8 @@ class Shift(apo.UpdateRule):
 def engine(
     case: MetaCase,
     rule_of: Callable[[nn.Module], apo.UpdateRule],
-    loss: str = "exact",
-    fsd: str = "exact",
+    loss: Any = "exact",
+    fsd: Any = "exact",
 ) -> apo.APO:
     """An APO on the case's twin, with the oracle's g in `.grad` and SGD(lr=1) over φ."""
     model = bridge.twin(case.problem.network, case.theta)
@@ -65,8 +65,8 @@ def engine(
     objective = apo.ProximalObjective(
         bridge.discrepancy(case.discrepancy),
         *case.weights,
-        loss="exact" if loss == "exact" else "linear",
-        fsd="exact" if fsd == "exact" else "quadratic",
+        loss=loss,
+        fsd=fsd,
     )
     return apo.APO(model, rule, objective, torch.optim.SGD(rule.parameters(), lr=1.0))
 
@@ -76,7 +76,7 @@ def meta_backward(optimizer: apo.APO, case: MetaCase, scale: float = 1.0) -> apo
     return optimizer.meta_backward(
         loss=bridge.loss_closure(case.problem, optimizer.model, case.batch),
         outputs=bridge.outputs_closure(optimizer.model, case.other.inputs),
-        scale=scale,
+        weight=scale,
     )
 
 
