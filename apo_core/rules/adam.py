@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
-from apo_core.rules.layers import Layers, require_learned, scaled
+from apo_core.rules.layers import Layers, over, plus, require_learned, times
 from apo_core.types import State, Tensors
 from apo_core.update_rule import UpdateRule
 
@@ -58,6 +59,7 @@ class Adam(UpdateRule):
         if not 0 <= weight_decay < float("inf"):
             raise ValueError(f"`weight_decay` must be non-negative, got {weight_decay}.")
         require_learned(learn, HYPERPARAMETERS)
+        self.elementwise = True
         self._layers = Layers(model, per_layer)
         self.layers = self._layers.names
         self.betas = betas
@@ -87,16 +89,23 @@ class Adam(UpdateRule):
         """The step, and the next m, v and t; with an empty state those of the first step."""
         state = state or self.init_state(grads)
         first, second = self.betas
-        m = list(torch._foreach_mul(state["exp_avg"], first))
-        torch._foreach_add_(m, grads, alpha=1 - first)
+        m = list(torch._foreach_lerp(state["exp_avg"], grads, 1 - first))
         v = list(torch._foreach_mul(state["exp_avg_sq"], second))
         torch._foreach_addcmul_(v, grads, grads, value=1 - second)
         steps = list(torch._foreach_add(state["step"], 1))
-        rates, dampings = self._layers.spread(self.log_lr), self._layers.spread(self.log_eps)
-        updates = []
-        for p, mi, vi, t, eta, eps in zip(params, m, v, steps, rates, dampings, strict=True):
-            direction = (mi / (1 - first**t)) / ((vi / (1 - second**t)).sqrt() + eps)
-            if self.weight_decay:
-                direction = direction + self.weight_decay * p
-            updates.append(scaled(-eta, direction, p))
+        roots = list(torch._foreach_sqrt(v))
+        torch._foreach_div_(roots, torch._foreach_sqrt(_left_over(second, steps)))  # √v̂
+        damped = plus(roots, self._layers.spread(self.log_eps))
+        direction = over(m, times(damped, _left_over(first, steps)))  # m̂ / (√v̂ + ε)
+        if self.weight_decay:
+            direction = plus(direction, params, alpha=self.weight_decay)
+        updates = times(direction, self._layers.each(-self.log_lr.exp()))
+        updates = [u.to(p.dtype) for u, p in zip(updates, params, strict=True)]
         return updates, {"exp_avg": m, "exp_avg_sq": v, "step": steps}
+
+
+def _left_over(beta: float, steps: Tensors) -> Tensors:
+    """1 − βᵗ, as −expm1(t log β): in 32 bits 1 − 0.999 would keep four digits."""
+    powers = list(torch._foreach_mul(steps, math.log(beta) if beta else -math.inf))
+    torch._foreach_expm1_(powers)
+    return list(torch._foreach_neg(powers))

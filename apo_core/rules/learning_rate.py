@@ -18,6 +18,9 @@ from apo_core.update_rule import UpdateRule
 # Their step is linear in the learning rate as it is written in torch: no check is needed.
 LINEAR = ("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta")
 
+NUMBERS = {"int": int, "float": float}
+ABSENT = torch.empty((0,) * 6)  # in the place of what a parameter lacks: the shape of none
+
 
 @final
 class LearningRate(UpdateRule):
@@ -76,6 +79,9 @@ class LearningRate(UpdateRule):
             "torch.optim"
         )
         self._held = params
+        self._others = [
+            p for group in optimizer.param_groups for p in group["params"] if not p.requires_grad
+        ]
         self._groups = [group_of[id(p)] for p in params]
         first = params[0]
         phi = torch.tensor(rates, dtype=phi_dtype(first.dtype), device=first.device).log()
@@ -88,7 +94,7 @@ class LearningRate(UpdateRule):
 
     def init_state(self, params: Tensors) -> State:
         """The optimizer's state as it is."""
-        return self._pack()
+        return self._pack(self.optimizer.param_groups)
 
     def forward(self, params: Tensors, grads: Tensors, state: State) -> tuple[list[Tensor], State]:
         """Δ, with dΔ/dφ = Δ, and the optimizer's next state; an empty state is a fresh one.
@@ -116,17 +122,23 @@ class LearningRate(UpdateRule):
         """Δ at `factor` · η, and the next state."""
         # What stands in `params` may be the very parameters that the optimizer is about to move.
         theta = [p.detach() for p in params]
-        with self._borrowed(theta, grads, state, factor):
+        with self._borrowed(theta, grads, state, factor) as groups:
             self.optimizer.step()
-            steps = [p.data - before for p, before in zip(self._held, theta, strict=True)]
-            return steps, self._pack()
+            steps = [p.data for p in self._held]  # θ' stands in a copy of θ, which is given up
+            torch._foreach_sub_(steps, theta)
+            return steps, self._pack(groups)
 
     @contextmanager
     def _borrowed(
         self, params: Tensors, grads: Tensors, state: State, factor: float
-    ) -> Iterator[None]:
-        """The optimizer with copies of θ and of the state, and with g; put back afterwards."""
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The optimizer with copies of θ and of the state, and with g; yields its groups before.
+
+        Afterwards all is put back. Parameters that it holds beside those of the rule have no
+        gradient meanwhile, and so stay.
+        """
         data, kept = [p.data for p in self._held], [p.grad for p in self._held]
+        others = [p.grad for p in self._others]
         groups = [dict(group) for group in self.optimizer.param_groups]
         own = self.optimizer.state
         try:
@@ -136,35 +148,34 @@ class LearningRate(UpdateRule):
             self._unpack(state)
             for p, value, g in zip(self._held, params, grads, strict=True):
                 p.data, p.grad = value.clone(), g
-            yield
+            for p in self._others:
+                p.grad = None
+            yield groups
         finally:
             self.optimizer.state = own
             for group, before in zip(self.optimizer.param_groups, groups, strict=True):
                 group.update(before)
             for p, value, g in zip(self._held, data, kept, strict=True):
                 p.data, p.grad = value, g
+            for p, g in zip(self._others, others, strict=True):
+                p.grad = g
 
-    def _pack(self) -> State:
+    def _pack(self, own: list[dict[str, Any]]) -> State:
         """The optimizer's tensors and numbers, of its parameters and groups: one each a parameter.
 
-        What a parameter lacks stands there as an empty tensor.
+        For what a parameter lacks `ABSENT` stands there. A group's numbers that are those
+        of its `own`, such as a weight decay, are no memory and left out; so is η.
         """
-        entries: list[dict[str, Tensor]] = []
-        for p, number in zip(self._held, self._groups, strict=True):
-            entry: dict[str, Tensor] = {}
-            group = self.optimizer.param_groups[number]
-            sources = {"state": self.optimizer.state.get(p, {}), "group": group}
-            for source, values in sources.items():
-                for key, value in values.items():
-                    if isinstance(value, Tensor):
-                        entry[f"{source}.tensor.{key}"] = value
-                    elif type(value) in (int, float) and key != "lr":
-                        entry[f"{source}.{type(value).__name__}.{key}"] = torch.tensor(
-                            value, dtype=torch.float64 if type(value) is float else torch.int64
-                        )
-            entries.append(entry)
+        groups = [
+            _tensors("group", {k: v for k, v in now.items() if _is_memory(k, v, before)})
+            for now, before in zip(self.optimizer.param_groups, own, strict=True)
+        ]
+        entries = [
+            _tensors("state", self.optimizer.state.get(p, {})) | groups[number]
+            for p, number in zip(self._held, self._groups, strict=True)
+        ]
         keys = dict.fromkeys(key for entry in entries for key in entry)
-        return {key: [entry.get(key, torch.empty(0)) for entry in entries] for key in keys}
+        return {key: [entry.get(key, ABSENT) for entry in entries] for key in keys}
 
     def _unpack(self, state: State) -> None:
         """Copies of the state's tensors, and its numbers, in the optimizer."""
@@ -173,10 +184,9 @@ class LearningRate(UpdateRule):
             source, kind, key = path.split(".", 2)
             for p, number, value in zip(self._held, self._groups, tensors, strict=True):
                 target = fresh[p] if source == "state" else self.optimizer.param_groups[number]
-                if kind == "tensor" and not (value.dim() == 1 and value.numel() == 0):
-                    target[key] = value.clone()
-                elif kind != "tensor" and value.dim() == 0:
-                    target[key] = int(value) if kind == "int" else float(value)
+                if value.shape == ABSENT.shape:
+                    continue
+                target[key] = NUMBERS.get(kind, Tensor.clone)(value)
         self.optimizer.state = fresh
 
     def _require_linear(self, once: list[Tensor], twice: list[Tensor]) -> None:
@@ -189,3 +199,20 @@ class LearningRate(UpdateRule):
                     f"at twice the rate that is not twice as long from "
                     f"{type(self.optimizer).__name__}; write its update as an UpdateRule instead."
                 )
+
+
+def _tensors(source: str, values: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors and numbers of a parameter's state or of a group, by "source.kind.key"."""
+    found: dict[str, Tensor] = {}
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            found[f"{source}.tensor.{key}"] = value
+        elif type(value) in (int, float):
+            dtype = torch.float64 if type(value) is float else torch.int64
+            found[f"{source}.{type(value).__name__}.{key}"] = torch.tensor(value, dtype=dtype)
+    return found
+
+
+def _is_memory(key: str, value: object, own: dict[str, Any]) -> bool:
+    """Whether a group's entry may change from step to step; a tensor may do so in place."""
+    return key != "lr" and (isinstance(value, Tensor) or value is not own.get(key))

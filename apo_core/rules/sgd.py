@@ -7,7 +7,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from apo_core.rules.layers import Layers, scaled
+from apo_core.rules.layers import Layers, scaled_each
 from apo_core.types import State, Tensors
 from apo_core.update_rule import UpdateRule
 
@@ -53,6 +53,7 @@ class SGD(UpdateRule):
             raise ValueError(f"`momentum` must lie in [0, 1), got {momentum}.")
         if nesterov and momentum == 0:
             raise ValueError("`nesterov` must come with `momentum` > 0, got 0.0.")
+        self.elementwise = True
         self._layers = Layers(model, per_layer)
         self.layers = self._layers.names
         self.momentum = momentum
@@ -76,9 +77,7 @@ class SGD(UpdateRule):
             v = _added(grads, state["momentum"], alpha=self.momentum)
             direction = _added(grads, v, alpha=self.momentum) if self.nesterov else v
             next_state = {"momentum": v}
-        rates = self._layers.spread(self.log_lr)
-        updates = [scaled(-eta, d, d) for eta, d in zip(rates, direction, strict=True)]
-        return updates, next_state
+        return scaled_each(self._layers.each(-self.log_lr.exp()), direction), next_state
 
 
 def _added(left: Tensors, right: Tensors, alpha: float) -> Tensors:

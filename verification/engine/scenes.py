@@ -32,9 +32,21 @@ RULES: dict[str, Callable[[nn.Module], apo.UpdateRule]] = {
     "diagonal": lambda model: apo.rules.Preconditioned(model, apo.Diagonal, 0.2),
     "dense": lambda model: apo.rules.Preconditioned(model, apo.Dense, 0.2),
     "ekfac": lambda model: apo.rules.Preconditioned(model, apo.EKFAC, 0.2),
+    "grouped": lambda model: apo.rules.Grouped(
+        model,
+        lambda name, parameter: "matrices" if parameter.dim() > 1 else "rest",
+        matrices=lambda m: apo.rules.Preconditioned(m, apo.EKFAC, 0.2),
+        rest=lambda m: apo.rules.LearningRate(m, torch.optim.AdamW(m.parameters(), lr=0.01)),
+    ),
 }
 
-MODES = [("exact", "exact"), ("exact", "quadratic"), ("linear", "exact"), ("linear", "quadratic")]
+MODES = [
+    ("exact", "exact"),
+    ("exact", "quadratic"),
+    ("linear", "exact"),
+    ("linear", "quadratic"),
+    ("quadratic", "quadratic"),
+]
 
 
 @final

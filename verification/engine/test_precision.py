@@ -133,7 +133,7 @@ def test_gradients_may_be_accumulated_over_parts_of_a_batch(rule: str) -> None:
             optimizer.meta_backward(
                 loss=lambda part=part, model=model: (model(x[part]) - y[part]).square().mean(),
                 outputs=lambda part=part, model=model: model(other[part]),
-                scale=share,
+                weight=share,
             )
         grads = [p.grad for p in optimizer.rule.parameters() if p.grad is not None]
         optimizer.step()

@@ -197,6 +197,37 @@ def test_numbers_in_the_state_and_in_the_groups_are_state() -> None:
     assert rule.optimizer.param_groups[0]["k"] == 0  # the optimizer itself was only borrowed
 
 
+def test_settings_of_a_group_are_no_memory_and_may_be_changed() -> None:
+    model = nn.Linear(2, 1, dtype=torch.float64)
+    base = torch.optim.AdamW(model.parameters(), 0.5, weight_decay=0.0)
+    rule = apo.rules.LearningRate(model, base)
+    params, zeros = [[f(p) for p in model.parameters()] for f in (torch.clone, torch.zeros_like)]
+    with torch.no_grad():
+        _, state = rule(params, zeros, rule.init_state(params))
+        assert {key.split(".")[0] for key in state} == {"state"}
+        base.param_groups[0]["weight_decay"] = 0.25
+        updates, _ = rule(params, zeros, state)
+    for p, update in zip(params, updates, strict=True):
+        # θ(1 − ηλ) − θ rounds twice, on the scale of θ.
+        assert_close(update.numpy(), -0.125 * p.detach().numpy(), FUNCTION, condition=8.0)
+
+
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    """φ sets the rate of every step, and the tensor stays as it was."""
+    model = nn.Linear(2, 1, dtype=torch.float64)
+    rate = torch.tensor(0.5)
+    rule = apo.rules.LearningRate(model, torch.optim.SGD(model.parameters(), lr=rate))
+    params, g = [[f(p) for p in model.parameters()] for f in (torch.zeros_like, torch.ones_like)]
+    with torch.no_grad():
+        rule.log_lr.sub_(np.log(2.0))
+        _, state = rule(params, g, rule.init_state(params))
+        updates, _ = rule(params, g, state)
+    for update in updates:
+        assert_close(update.numpy(), -0.25 * np.ones(update.shape), FUNCTION)
+    assert rule.optimizer.param_groups[0]["lr"] is rate
+    assert rate.item() == 0.5
+
+
 def test_a_step_that_is_not_linear_is_refused() -> None:
     model = nn.Linear(2, 1, dtype=torch.float64)
     rule = apo.rules.LearningRate(model, Clipped(model.parameters(), 0.01))

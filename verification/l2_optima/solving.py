@@ -64,7 +64,7 @@ def solve(
         total = torch.zeros((), dtype=torch.float64)
         for g in gradients:
             bridge.set_gradients(module, g, problem.network)
-            terms = optimizer.meta_backward(loss=_unused, outputs=outputs, scale=share)
+            terms = optimizer.meta_backward(loss=_unused, outputs=outputs, weight=share)
             total += share * terms.total
         return total
 
