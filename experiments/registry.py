@@ -40,7 +40,7 @@ Preset = Literal["smoke", "default", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
 
 # Each registers its experiments when it is imported; `experiments.paper` imports its own files.
-MODULES = ("experiments.digits", "experiments.paper")
+MODULES = ("experiments.digits", "experiments.overhead", "experiments.paper")
 
 
 @dataclass(frozen=True)
