@@ -1,4 +1,4 @@
-"""The project's commands: `nox -s verify`, `nox -s experiments`, `nox -s oracle`, `nox -s lint`."""
+"""The project's commands: `nox -s verify`, `experiments`, `conformance`, `oracle`, `lint`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,17 @@ def experiments(session: nox.Session) -> None:
     """
     install(session, "-e", ".[experiments]")
     session.run("python", "-m", "experiments", "run", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def conformance(session: nox.Session) -> None:
+    """Run the conformance kit's deep suite on an update rule, a third party's for example.
+
+    Takes the rule and pytest's arguments: `PYTHONPATH=folder nox -s conformance --
+    --rule=package.module:Class`; without a rule a handful of the engine's.
+    """
+    install(session, "-e", ".[verify]")
+    session.run("pytest", "verification/conformance", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from apo_core.testing import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,3 +44,15 @@ def test_the_example_check_passes() -> None:
     test = names["test_softsign"]
     assert callable(test)
     test()
+
+
+def test_the_example_of_one_test_a_check_is_parametrized() -> None:
+    names: dict[str, Any] = {}
+    exec("import torch\nimport apo_core.testing\n" + blocks()[1] + blocks()[3], names)
+    (mark,) = names["test_softsign_conforms"].pytestmark
+    assert len(mark.args[1]) == 2 * len(CHECKS)
+    mark.args[1][0].values[0]()
+
+
+def test_the_readme_counts_the_checks() -> None:
+    assert f"The kit has {len(CHECKS)} checks" in (ROOT / "README.md").read_text("utf-8")
