@@ -31,6 +31,7 @@ from apo_core.outputs import (
     require_scalar,
     require_sound_masks,
     resolve_divergences,
+    widened,
 )
 from apo_core.types import Closure, OutputsClosure, ProximalTerms, Tensors
 
@@ -281,8 +282,9 @@ def _hessian_product(passes: Passes, params: Tensors, direction: Tensors) -> lis
 
 
 def _inner(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """⟨left, right⟩ over all tensors, 0-d."""
-    return torch.stack([(a * b).sum() for a, b in zip(left, right, strict=True)]).sum()
+    """⟨left, right⟩ over all tensors, 0-d, in at least float32."""
+    products = [(widened(a) * widened(b)).sum() for a, b in zip(left, right, strict=True)]
+    return torch.stack(products).sum()
 
 
 def _loss_value(loss: Closure) -> Tensor:

@@ -88,8 +88,14 @@ def divergence_values(rho: Divergences, ahead: Entries, current: Entries) -> lis
                 f"{label(name)} must return one shape, got {tuple(z0.shape)} at θ and "
                 f"{tuple(z.shape)} at θ'; draw the mini-batch B' outside the closure."
             )
-        values.append(require_scalar(_compare(rho, name, z, z0, mask), "discrepancy"))
+        value = _compare(rho, name, widened(z), widened(z0), mask)
+        values.append(require_scalar(value, "discrepancy"))
     return values
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 what has 16 bits: small differences of them have no digits there."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def label(name: Name) -> str:

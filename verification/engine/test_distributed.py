@@ -29,6 +29,9 @@ RULES: dict[str, Callable[[nn.Module], apo.UpdateRule]] = {
     "sgd": lambda model: apo.rules.SGD(model, lr=0.05),
     "adam": lambda model: apo.rules.Adam(model, lr=0.01, eps=1e-3, learn=("lr", "eps")),
     "ekfac": lambda model: apo.rules.Preconditioned(model, apo.EKFAC, 0.2),
+    "any optimizer": lambda model: apo.rules.LearningRate(
+        model, torch.optim.NAdam(model.parameters(), lr=0.01)
+    ),
 }
 
 
@@ -114,6 +117,7 @@ CASES = {
         ("ekfac", "ddp", "linear"),
         ("sgd", "fsdp2", "linear"),
         ("ekfac", "fsdp2", "exact"),
+        ("any optimizer", "fsdp2", "exact"),
     ],
     4: [("sgd", "ddp", "exact"), ("adam", "fsdp2", "exact")],
 }

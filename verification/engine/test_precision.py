@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import apo_core as apo
-from verification.tolerances import ROUNDING, assert_close
+from apo_core.discrepancies import resolve_discrepancy
+from verification.tolerances import FUNCTION, ROUNDING, assert_close
 
 HALVES = (torch.bfloat16, torch.float16)
 RULES: dict[str, Callable[[nn.Module], apo.UpdateRule]] = {
@@ -171,3 +173,106 @@ def test_the_meta_learning_rate_may_be_scheduled() -> None:
     frozen = rule.log_lr.detach().clone()
     train(optimizer, model, 3)
     assert torch.equal(rule.log_lr, frozen)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", ["kl", "squared_error", "bernoulli_kl"])
+def test_the_terms_of_16_bit_tensors_are_formed_in_32(name: str, dtype: torch.dtype) -> None:
+    """ρ of the outputs, ‖Δ‖² and ⟨g, Δ⟩: as in float64 from the same 16-bit numbers."""
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 4, bias=False).to(dtype)
+    rule = apo.rules.SGD(model, lr=1e-4)  # squares of Δ leave float16's range
+    table = torch.randn(2, 5, 4, generator=generator).to(dtype)
+    passes = iter(table)
+
+    def outputs() -> Tensor:
+        return next(passes) + 0.0 * model.weight.sum()
+
+    optimizer = apo.APO(
+        model,
+        rule,
+        apo.ProximalObjective(name, 1.0, 1.0, loss="linear"),
+        torch.optim.SGD(rule.parameters(), lr=0.1),
+    )
+    model.weight.grad = torch.randn(4, 3, generator=generator).to(dtype)
+    lr = rule.lr
+    terms = optimizer.meta_step(loss=lambda: torch.zeros(()), outputs=outputs)
+    assert all(term.dtype == torch.float32 for term in terms)
+    z0, z = table.double()
+    g = model.weight.grad.double()
+    step = (-lr * g.float()).to(dtype).double()
+    expected = [(g * step).sum(), resolve_discrepancy(name)(z, z0), 0.5 * step.square().sum()]
+    for term, value in zip(terms, expected, strict=True):
+        assert_close(
+            term.numpy(),
+            value.float().numpy(),
+            FUNCTION.at(np.float32),
+            size=20,
+            scale=float(table.float().square().sum()) if value is expected[1] else 0.0,
+            what="a term of Q",
+        )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast_to_float16_learns_under_a_grad_scaler(rule: str) -> None:
+    """Gradients are unscaled before the meta-step, whose own passes are scaled as well."""
+    model = network()
+    optimizer = build(model, rule)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=5)
+    generator = torch.Generator().manual_seed(1)
+    target = torch.randn(4, 2, generator=generator)
+    losses = []
+    for _ in range(60):
+        x, other = torch.randn(2, 16, 4, generator=generator)
+
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.float16):
+                return model(x)
+
+        def loss(x: Tensor = x) -> Tensor:
+            return (forward(x).float() - x @ target).square().mean()
+
+        optimizer.zero_grad()
+        value = loss()
+        scaler.scale(value).backward()
+        scaler.unscale_(optimizer)
+        losses.append(value.item())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a scale that is too large at first
+            optimizer.meta_step(
+                loss=loss, outputs=lambda other=other: forward(other), loss_scale=scaler.get_scale()
+            )
+        scaler.step(optimizer)
+        scaler.update()
+    assert optimizer.meta_steps > 40
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_a_loss_scale_keeps_what_float16_would_lose() -> None:
+    """dQ/dφ of a loss of 1e-7: its derivatives in float16 are 0, but for the scale."""
+    slopes = []
+    for scale in (1.0, 2.0**20):
+        model = nn.Linear(2, 1, bias=False)
+        with torch.no_grad():
+            model.weight.copy_(torch.tensor([[0.5, -0.25]]))
+        rule = apo.rules.SGD(model, lr=1.0)
+        optimizer = apo.APO(
+            model, rule, apo.ProximalObjective(), torch.optim.SGD(rule.parameters(), lr=0.1)
+        )
+        x = torch.tensor([[1.0, 2.0]])
+
+        def loss(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            with torch.autocast("cpu", torch.float16):
+                return model(x).float().add(1.0).square().mean() * 1e-9
+
+        model.weight.grad = torch.tensor([[1e-3, 2e-3]])
+        optimizer.meta_step(loss=loss, loss_scale=scale)
+        assert rule.log_lr.grad is not None
+        slopes.append(float(rule.log_lr.grad))
+    # 2e-9 (1 + z) x, at θ' = θ − g in float16; φ's gradient is −⟨g, q⟩.
+    z = float(((torch.tensor([[0.5, -0.25]]) - torch.tensor([[1e-3, 2e-3]])) @ x.T).sum())
+    expected = -2e-9 * (1 + z) * (1e-3 + 4e-3)
+    assert slopes[0] == 0.0
+    # float16 rounds θ', its product with x and three factors of the derivative by 2⁻¹¹ each
+    assert slopes[1] == pytest.approx(expected, rel=8 * 2.0**-11)
