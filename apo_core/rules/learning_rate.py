@@ -86,11 +86,23 @@ class LearningRate(UpdateRule):
         first = params[0]
         phi = torch.tensor(rates, dtype=phi_dtype(first.dtype), device=first.device).log()
         self.log_lr = nn.Parameter(phi if len(rates) > 1 else phi[0])
+        self._read: tuple[tuple[int, int], list[float]] | None = None
 
     @property
     def lr(self) -> Tensor:
         """η, () or (groups,), detached."""
         return self.log_lr.detach().exp()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what was read of the φ that a copy does not share."""
+        return self.__dict__ | {"_read": None}
+
+    def _rates(self) -> list[float]:
+        """η of each group as numbers; the host waits for the device once after φ has changed."""
+        now = (self.log_lr._version, self.log_lr.data_ptr())
+        if self._read is None or self._read[0] != now:
+            self._read = (now, self.lr.reshape(-1).tolist())
+        return self._read[1]
 
     def init_state(self, params: Tensors) -> State:
         """The optimizer's state as it is."""
@@ -142,7 +154,7 @@ class LearningRate(UpdateRule):
         groups = [dict(group) for group in self.optimizer.param_groups]
         own = self.optimizer.state
         try:
-            rates = (factor * self.lr).reshape(-1).tolist()
+            rates = [factor * rate for rate in self._rates()]
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
             self._unpack(state)

@@ -114,10 +114,11 @@ def scene(
     interval: int = 2,
     update_scale: float = 1.0,
     warmup_steps: int | None = None,
+    device: str = "cpu",
 ) -> Scene:
     """A `classifier` on random mini-batches, with the rule of that name."""
     torch.manual_seed(seed)
-    model = classifier()
+    model = classifier().to(device)
     x, x_other = torch.randn(2, 6, 1, 3, 3, dtype=torch.float64)
     y = torch.randint(3, (6,))
     built = RULES[rule](model)
