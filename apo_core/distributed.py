@@ -107,6 +107,12 @@ def mean_over_ranks(model: nn.Module, tensors: list[Tensor]) -> list[Tensor]:
     return [piece.view(t.shape).to(t.dtype) for piece, t in zip(pieces, tensors, strict=True)]
 
 
+def sum_over_shards(model: nn.Module, value: Tensor) -> Tensor:
+    """What the shards' parts of a sum over all entries add up to; the sum itself without FSDP2."""
+    parts = shards(model)
+    return value if parts == 1 else parts * mean_over_ranks(model, [value])[0]
+
+
 def on_all_ranks(model: nn.Module, flag: Tensor) -> Tensor:
     """Whether the 0-d bool holds on every rank; only FSDP2's ranks can differ, and are asked."""
     if _mesh(model) is None:

@@ -29,7 +29,7 @@ from apo_core.distributed import (
 )
 from apo_core.lookahead import undisturbed
 from apo_core.objective import Passes, ProximalObjective
-from apo_core.safety import all_finite, first_not_finite
+from apo_core.safety import first_not_finite, norms_of
 from apo_core.types import Closure, OutputsClosure, ProximalTerms, State, Tensors
 from apo_core.update_rule import UpdateRule
 
@@ -123,7 +123,8 @@ class MetaProblem:
         """
         with torch.enable_grad():
             grads, updates, moves, _ = propose(self.rule, self.named, self.state)
-        if not bool(on_all_ranks(self.model, all_finite([*grads, *moves]))):
+        finite = norms_of([*grads, *moves]).isfinite().all()
+        if not bool(on_all_ranks(self.model, finite)):
             nan = moves[0].new_full((), math.nan)
             trouble = describe(list(self.named), grads, moves)
             return MetaGradient(ProximalTerms(nan, nan, nan), {}, nan, trouble, False)

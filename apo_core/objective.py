@@ -100,9 +100,10 @@ class ProximalObjective:
             eq. 16), by one GGN-vector product at θ.
 
         trust_factor: κ > 1, or None. With it Q may rise by at most (κ − 1)·|J_B(θ)|, both from
-            standing still to the lookahead, and by a meta-step: see `apo_core.trust_region`. For
-            an initial learning rate or preconditioner that may be too large, where the papers'
-            settings diverge; 2 is a good value. A meta-step then takes 4 more forward passes.
+            standing still to the lookahead and by a meta-step, and steps between two meta-steps
+            stay near the last one's length: see `apo_core.trust_region`. For an initial learning
+            rate or preconditioner that may be too large, where the papers' settings diverge; 1.1
+            is a good value. A meta-step then takes 4 more forward passes.
 
     Raises:
         ValueError: a negative or non-finite weight, an unknown name, an empty mapping.

@@ -21,15 +21,15 @@ from torch import Tensor, nn
 
 from apo_core.compatibility import require_instance, require_phi, require_shardable
 from apo_core.diagnostics import describe_phi, describe_q
-from apo_core.distributed import is_sharded, local, on_all_ranks
+from apo_core.distributed import is_sharded, local, on_all_ranks, sum_over_shards
 from apo_core.meta_gradient import MetaGradient, MetaProblem, describe, propose, seen_by
 from apo_core.objective import ProximalObjective
-from apo_core.safety import all_finite, choose_state, masked, warn_of_meta_step, warn_of_step
-from apo_core.trust_region import fit_step, shorten_move
+from apo_core.safety import choose_state, masked, norms_of, warn_of_meta_step, warn_of_step
+from apo_core.trust_region import TrustRegion
 from apo_core.types import Closure, OutputsClosure, ProximalTerms, Tensors, trainable_parameters
 from apo_core.update_rule import UpdateRule
 
-COUNTERS = ("steps", "meta_steps", "skipped_meta_steps", "trust_scale", "halvings")
+COUNTERS = ("steps", "meta_steps", "skipped_meta_steps")
 
 
 class Warmup(NamedTuple):
@@ -80,8 +80,7 @@ class APO(torch.optim.Optimizer):
         steps: calls of `step`.
         meta_steps: meta-steps that changed φ.
         skipped_meta_steps: meta-steps that found something not finite and left φ alone.
-        trust_scale: s in (0, 1], which shortens lookahead and step; see `apo_core.trust_region`.
-        halvings: how often the trust region halved a move of φ.
+        trust: the trust region, in effect where the objective has a `trust_factor`.
 
     Raises:
         TypeError: an argument of the wrong kind.
@@ -123,8 +122,7 @@ class APO(torch.optim.Optimizer):
         self.steps = 0
         self.meta_steps = 0
         self.skipped_meta_steps = 0
-        self.trust_scale = 1.0
-        self.halvings = 0
+        self.trust = TrustRegion(params[0].device)
         self._skipped = torch.zeros((), dtype=torch.int64, device=params[0].device)
         self._warned_of_step = False
         self._last: MetaGradient | None = None
@@ -173,16 +171,16 @@ class APO(torch.optim.Optimizer):
         problem = self._problem(loss, outputs, loss_scale)
         if isinstance(self.meta_optimizer, torch.optim.LBFGS):
             return self._solve(self.meta_optimizer, problem)
-        found, ceiling = self._meta_gradient(problem)
+        found = self._meta_gradient(problem)
         if found.trouble is None:
             phi: Tensors = [self.rule.get_parameter(name) for name in found.gradients]
-            before = [p.detach().clone() for p in phi] if ceiling is not None else []
+            bounded = self.objective.trust_factor is not None
+            before = [p.detach().clone() for p in phi] if bounded else []
             self.meta_optimizer.zero_grad()
             for p, gradient in zip(phi, found.gradients.values(), strict=True):
                 p.grad = gradient
             self.meta_optimizer.step()
-            if ceiling is not None:
-                self.halvings += shorten_move(problem, phi, before, ceiling, self.trust_scale)
+            self.trust.shorten_move(problem, phi, before)
             self.meta_steps += 1
         return found.terms
 
@@ -213,7 +211,7 @@ class APO(torch.optim.Optimizer):
             RuntimeError: as in `meta_step`.
             ValueError: as in `meta_step`.
         """
-        found, _ = self._meta_gradient(self._problem(loss, outputs, loss_scale))
+        found = self._meta_gradient(self._problem(loss, outputs, loss_scale))
         for name, gradient in found.gradients.items():
             p = self.rule.get_parameter(name)
             p.grad = weight * gradient if p.grad is None else p.grad + weight * gradient
@@ -243,11 +241,16 @@ class APO(torch.optim.Optimizer):
             self._warm_up(self.warmup.optimizer)
         else:
             grads, _, moves, next_state = propose(self.rule, self._named, self.rule_state)
-            finite = on_all_ranks(self.model, all_finite([*grads, *moves]))
+            norms = norms_of([*grads, *moves])
+            finite = on_all_ranks(self.model, norms.isfinite().all())
             self._count(finite, grads, moves)
             self.rule_state = choose_state(finite, next_state, self.rule_state)
             params = local(list(self._named.values()))
-            scale = self.update_scale * self.trust_scale
+            scale = self.update_scale * self.trust.scale
+            if self.objective.trust_factor is not None:
+                squared = sum_over_shards(self.model, norms[len(grads) :].square().sum())
+                length = scale * squared.sqrt()
+                moves = self.trust.within_radius(moves, length, renew=self.meta_due)
             torch._foreach_add_(params, masked(finite, moves), alpha=scale)
         self.steps += 1
         return loss
@@ -274,7 +277,7 @@ class APO(torch.optim.Optimizer):
         """
         counters = {name: float(getattr(self, name)) for name in (*COUNTERS, "skipped_steps")}
         last = describe_q(self._last.terms, self._last.norm) if self._last is not None else {}
-        return counters | last | describe_phi(self.rule)
+        return counters | self.trust.numbers() | last | describe_phi(self.rule)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but the last meta-step: a copy or a pickle has its own model, rule and optimizers."""
@@ -292,6 +295,7 @@ class APO(torch.optim.Optimizer):
             "meta_optimizer": self.meta_optimizer.state_dict(),
             "warmup": warm,
             "skipped_steps": self.skipped_steps,
+            "trust": self.trust.numbers(),
             **{name: getattr(self, name) for name in COUNTERS},
         }
 
@@ -322,6 +326,7 @@ class APO(torch.optim.Optimizer):
             for name, tensors in state_dict["rule_state"].items()
         }
         self._skipped.fill_(state_dict["skipped_steps"])
+        self.trust.load(state_dict["trust"])
         for name in COUNTERS:
             setattr(self, name, state_dict[name])
 
@@ -336,29 +341,24 @@ class APO(torch.optim.Optimizer):
             self.model, self.rule, self.objective, self._named, state, loss, outputs, loss_scale
         )
 
-    def _meta_gradient(self, problem: MetaProblem) -> tuple[MetaGradient, Tensor | None]:
-        """Q and dQ/dφ; within a trust region also how large Q may become by the move of φ."""
-        ceiling = None
-        if self.objective.trust_factor is None:
-            found = problem.gradient(self.trust_scale)
-        else:
-            self.trust_scale, found, ceiling = fit_step(problem, self.trust_scale)
-        self._last = found
+    def _meta_gradient(self, problem: MetaProblem) -> MetaGradient:
+        """Q and dQ/dφ within the trust region; what is not finite is counted and warned of."""
+        found = self._last = self.trust.fit_step(problem)
         if found.trouble is not None:
             self._skip_meta_step(found.trouble)
-        return found, ceiling
+        return found
 
     def _solve(self, solver: torch.optim.LBFGS, problem: MetaProblem) -> ProximalTerms:
         """A meta-step of a meta-optimizer that evaluates Q several times, in the same region."""
         phi = {name: p for name, p in self.rule.named_parameters() if p.requires_grad}
         before = [p.detach().clone() for p in phi.values()]
-        first, _ = self._meta_gradient(problem)
+        first = self._meta_gradient(problem)
         if first.trouble is not None:
             return first.terms
         given: Iterator[MetaGradient] = iter([first])
 
         def evaluate() -> Tensor:
-            found = next(given, None) or problem.gradient(self.trust_scale)
+            found = next(given, None) or problem.gradient(self.trust.scale)
             if found.trouble is not None:
                 raise FloatingPointError(found.trouble)
             for name, p in phi.items():
@@ -378,7 +378,7 @@ class APO(torch.optim.Optimizer):
     def _warm_up(self, base: torch.optim.Optimizer) -> None:
         """A step of the user's own optimizer, which knows no finiteness of its own."""
         grads = local([p.grad for p in self._named.values() if p.grad is not None])
-        finite = on_all_ranks(self.model, all_finite(grads))
+        finite = on_all_ranks(self.model, norms_of(grads).isfinite().all())
         self._count(finite, grads, [])
         if bool(finite):
             base.step()

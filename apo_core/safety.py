@@ -11,21 +11,20 @@ from torch import Tensor
 from apo_core.types import State, Tensors
 
 
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether every tensor's norm is finite, a 0-d bool on their device: no synchronization.
+def norms_of(tensors: Sequence[Tensor]) -> Tensor:
+    """‖·‖ of each tensor, (tensors,), in at least float32: no synchronization.
 
-    A norm that overflows counts as not finite, since squares of such entries do.
+    Where one is not finite, an entry is not, or is so large that its square would not be.
     """
     narrow = all(t.dtype != torch.float64 for t in tensors)
     # 16-bit norms would overflow long before the squares do in float32.
-    norms = torch._foreach_norm(list(tensors), 2, torch.float32 if narrow else None)
-    return torch.stack(norms).isfinite().all()
+    return torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32 if narrow else None))
 
 
 def first_not_finite(names: Sequence[str], tensors: Tensors) -> str | None:
     """The name of the first tensor whose norm is not finite, or None."""
     for name, tensor in zip(names, tensors, strict=True):
-        if not bool(all_finite([tensor])):
+        if not bool(norms_of([tensor]).isfinite()):
             return name
     return None
 

@@ -135,8 +135,8 @@ FAULTS = (
     Fault(
         "the update scale in the wrong place",
         "apo_core/optimizer.py",
-        "scale = self.update_scale * self.trust_scale",
-        "scale = self.trust_scale",
+        "scale = self.update_scale * self.trust.scale",
+        "scale = self.trust.scale",
     ),
     Fault(
         "the second moment forgets all but the new gradient, in RMSprop",

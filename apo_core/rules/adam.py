@@ -89,7 +89,8 @@ class Adam(UpdateRule):
         """The step, and the next m, v and t; with an empty state those of the first step."""
         state = state or self.init_state(grads)
         first, second = self.betas
-        m = list(torch._foreach_lerp(state["exp_avg"], grads, 1 - first))
+        m = list(torch._foreach_mul(state["exp_avg"], first))
+        torch._foreach_add_(m, grads, alpha=1 - first)
         v = list(torch._foreach_mul(state["exp_avg_sq"], second))
         torch._foreach_addcmul_(v, grads, grads, value=1 - second)
         steps = list(torch._foreach_add(state["step"], 1))

@@ -114,4 +114,5 @@ def test_the_diagnostics_tell_q_the_counters_and_phi() -> None:
     assert shown["meta_gradient_norm"] == pytest.approx(float(log_lr.grad.norm()), rel=1e-6)
     assert shown["phi.log_lr.min"] == pytest.approx(float(log_lr.detach().min()), rel=1e-6)
     assert shown["phi.log_lr.min"] <= shown["phi.log_lr.mean"] <= shown["phi.log_lr.max"]
+    assert shown.pop("trust_radius") == math.inf
     assert all(isinstance(value, float) and math.isfinite(value) for value in shown.values())

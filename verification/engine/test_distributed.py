@@ -28,6 +28,7 @@ BATCH = 8  # examples of B, and of B', in all ranks together
 RULES: dict[str, Callable[[nn.Module], apo.UpdateRule]] = {
     "sgd": lambda model: apo.rules.SGD(model, lr=0.05),
     "adam": lambda model: apo.rules.Adam(model, lr=0.01, eps=1e-3, learn=("lr", "eps")),
+    "too large": lambda model: apo.rules.SGD(model, lr=30.0),  # the trust region makes it small
     "ekfac": lambda model: apo.rules.Preconditioned(model, apo.EKFAC, 0.2),
     "any optimizer": lambda model: apo.rules.LearningRate(
         model, torch.optim.NAdam(model.parameters(), lr=0.01)
@@ -67,12 +68,14 @@ def build(rule: str, wrapper: str, loss: str) -> apo.APO:
     """The rule on the plain network, and an APO on the wrapped one."""
     model = network()
     built = RULES[rule](model)
+    objective = apo.ProximalObjective("kl", fsd_weight=0.3, wsd_weight=0.1, loss=loss)  # pyright: ignore[reportArgumentType]
+    objective.trust_factor = 1.1 if rule == "too large" else None
     return apo.APO(
         WRAPPERS[wrapper](model),
         built,
-        apo.ProximalObjective("kl", fsd_weight=0.3, wsd_weight=0.1, loss=loss),  # pyright: ignore[reportArgumentType]
+        objective,
         torch.optim.SGD(built.parameters(), lr=0.01),
-        interval=1,
+        interval=2 if rule == "too large" else 1,
     )
 
 
@@ -85,12 +88,13 @@ def train(
     for x, y, other in islice(zip(*batches(), strict=True), steps):
         optimizer.zero_grad()
         cross_entropy(model(x[part]), y[part]).backward()
-        terms = optimizer.meta_step(
-            loss=lambda x=x, y=y: cross_entropy(model(x[part]), y[part]),
-            outputs=lambda other=other: model(other[part]),
-        )
+        if optimizer.meta_due:
+            terms = optimizer.meta_step(
+                loss=lambda x=x, y=y: cross_entropy(model(x[part]), y[part]),
+                outputs=lambda other=other: model(other[part]),
+            )
         optimizer.step()
-    assert optimizer.meta_steps == steps
+    assert optimizer.meta_steps == steps // optimizer.interval
     assert optimizer.skipped_steps == 0
     assert terms is not None
     theta = whole([p.detach() for p in model.parameters()])
@@ -118,6 +122,7 @@ CASES = {
         ("sgd", "fsdp2", "linear"),
         ("ekfac", "fsdp2", "exact"),
         ("any optimizer", "fsdp2", "exact"),
+        ("too large", "fsdp2", "exact"),
     ],
     4: [("sgd", "ddp", "exact"), ("adam", "fsdp2", "exact")],
 }

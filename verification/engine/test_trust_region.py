@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def test_the_step_scale_is_the_largest_power_of_two_within_the_region(exponent: 
     optimizer = build(model, apo.rules.SGD(model, rate), meta_lr=0.0, factor=2.0)
     meta_step(optimizer, model)
     needed = max(0, math.ceil(math.log2(rate / (1 + math.sqrt(2.0)))))
-    assert optimizer.trust_scale == 2.0**-needed
+    assert optimizer.trust.scale == 2.0**-needed
 
 
 @share(0.5)
@@ -76,8 +77,8 @@ def test_the_meta_gradient_is_that_of_the_shortened_lookahead() -> None:
     rule = apo.rules.SGD(model, 5.0)
     optimizer = build(model, rule, meta_lr=0.0, wsd_weight=0.1)
     terms = meta_step(optimizer, model)
-    step = optimizer.trust_scale * 5.0
-    assert optimizer.trust_scale == 0.25
+    step = optimizer.trust.scale * 5.0
+    assert optimizer.trust.scale == 0.25
     assert rule.log_lr.grad is not None
     q = 0.5 * (1 - step) ** 2 + 0.05 * step**2
     slope = -(1 - step) * step + 0.1 * step**2
@@ -93,13 +94,13 @@ def test_the_step_scale_comes_back_when_phi_is_small() -> None:
     rule = apo.rules.SGD(model, 1e3)
     optimizer = build(model, rule, meta_lr=0.0)
     meta_step(optimizer, model)
-    assert optimizer.trust_scale == 2.0**-9
+    assert optimizer.trust.scale == 2.0**-9
     with torch.no_grad():
         rule.log_lr.fill_(math.log(0.5))
     seen = []
     for _ in range(11):
         meta_step(optimizer, model)
-        seen.append(optimizer.trust_scale)
+        seen.append(optimizer.trust.scale)
     assert seen == [2.0**e for e in range(-8, 0)] + [1.0] * 3
 
 
@@ -115,7 +116,7 @@ def test_a_move_of_phi_is_halved_until_q_is_within_the_region(
     rule = apo.rules.SGD(model, 0.5)
     optimizer = build(model, rule, meta_lr)
     meta_step(optimizer, model)
-    assert optimizer.halvings == halvings
+    assert optimizer.trust.halvings == halvings
     moved = 0.0 if halvings == MOVE_HALVINGS else 0.25 * meta_lr / 2**halvings
     phi = rule.log_lr.detach().exp().numpy()
     assert_close(phi, 0.5 * torch.tensor(moved).double().exp().numpy(), FUNCTION, size=4, what="η")
@@ -147,15 +148,15 @@ def test_it_serves_every_form_of_the_objective(loss: str, fsd: str, factor: floa
 def test_a_mini_batch_that_is_not_finite_leaves_the_step_scale() -> None:
     s = scene(objective=apo.ProximalObjective("kl", 0.3, 0.1, trust_factor=2.0), interval=1)
     s.run(2)
-    s.optimizer.trust_scale = 0.25
+    s.optimizer.trust.scale = 0.25
     s.backward()
     s.x[0, 0, 0, 0] = math.nan
     with pytest.warns(RuntimeWarning, match="a meta-step was skipped since the loss at the look"):
         s.meta_step()
-    assert s.optimizer.trust_scale == 0.25
+    assert s.optimizer.trust.scale == 0.25
     s.backward()
     s.meta_step()
-    assert s.optimizer.trust_scale == 0.25
+    assert s.optimizer.trust.scale == 0.25
     assert s.optimizer.skipped_meta_steps == 2
 
 
@@ -168,7 +169,7 @@ def test_it_costs_four_forward_passes(factor: float | None, passes: int) -> None
     s.model.register_forward_hook(lambda _, __, output: calls.append(output))
     s.meta_step()
     assert len(calls) == passes
-    assert s.optimizer.trust_scale == 1.0
+    assert s.optimizer.trust.scale == 1.0
 
 
 def test_lbfgs_solves_at_the_shortened_step() -> None:
@@ -178,17 +179,76 @@ def test_lbfgs_solves_at_the_shortened_step() -> None:
     solver = torch.optim.LBFGS(rule.parameters(), max_iter=30, line_search_fn="strong_wolfe")
     optimizer = apo.APO(model, rule, apo.ProximalObjective(trust_factor=2.0), solver, interval=1)
     meta_step(optimizer, model)
-    assert optimizer.trust_scale == 0.25
+    assert optimizer.trust.scale == 0.25
     assert float(rule.lr) == pytest.approx(4.0, rel=1e-4)  # LBFGS stops at a gradient of 1e-7
+
+
+def test_between_meta_steps_no_step_is_longer_than_twice_the_last_ones() -> None:
+    """Gradients a hundred times as large move θ by 2 ‖Δ‖; as large ones are taken as they are."""
+    torch.manual_seed(0)
+    model = Quadratic([1.0, 1.0])
+    rule = apo.rules.SGD(model, 0.1)
+    objective = apo.ProximalObjective(trust_factor=1.1)
+    meta_optimizer = torch.optim.SGD(rule.parameters(), lr=0.0)
+    optimizer = apo.APO(model, rule, objective, meta_optimizer, interval=4, update_scale=0.5)
+    taken = []
+    for t, size in enumerate([1.0, 1.5, 100.0, 0.5, 100.0, 100.0, 1.0]):
+        before = model.theta.detach().clone()
+        model.theta.grad = torch.tensor([0.6, 0.8], dtype=torch.float64) * size
+        if t == 0:
+            meta_step(optimizer, model)
+            model.theta.grad = torch.tensor([0.6, 0.8], dtype=torch.float64) * size
+        optimizer.step()
+        taken.append(float((model.theta.detach() - before).norm()) / 0.05)
+    # the step of the second meta-step, the fifth, is bound by the first's radius, and doubles it
+    assert taken == pytest.approx([1.0, 1.5, 2.0, 0.5, 2.0, 4.0, 1.0], rel=1e-14)
+
+
+def cross_entropy_of(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean over the mini-batch."""
+    return torch.nn.functional.cross_entropy(model(x), y)
+
+
+def test_a_rate_a_hundred_thousand_times_too_large_trains() -> None:
+    """Ten steps between two meta-steps; without the region θ leaves the range of numbers."""
+    ends = []
+    for factor in (None, 1.1):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(6, 16), torch.nn.Tanh(), torch.nn.Linear(16, 3)
+        ).double()
+        x = torch.randn(200, 6, dtype=torch.float64)
+        y = (x @ torch.randn(6, 3, dtype=torch.float64)).argmax(1)
+        rule = apo.rules.SGD(model, 1e4)
+        optimizer = apo.APO(
+            model,
+            rule,
+            apo.ProximalObjective("kl", 0.01, trust_factor=factor),
+            torch.optim.RMSprop(rule.parameters(), lr=0.1),
+        )
+        for t in range(200):
+            part = slice(20 * (t % 10), 20 * (t % 10) + 20)
+
+            loss = partial(cross_entropy_of, model, x[part], y[part])
+
+            optimizer.zero_grad()
+            loss().backward()
+            if optimizer.meta_due:
+                optimizer.meta_step(loss=loss, outputs=lambda model=model, x=x: model(x[:40]))
+            optimizer.step()
+        ends.append(float(torch.nn.functional.cross_entropy(model(x), y).detach()))
+    assert ends[1] < 0.9 < 100.0 < ends[0]
 
 
 def test_it_is_saved_and_shown() -> None:
     objective = apo.ProximalObjective("kl", 0.3, 0.1, trust_factor=2.0)
     s, other = scene(objective=objective), scene(objective=objective)
-    s.optimizer.trust_scale, s.optimizer.halvings = 0.125, 3
+    s.optimizer.trust.scale, s.optimizer.trust.halvings = 0.125, 3
+    s.optimizer.trust.radius.fill_(0.5)
     other.optimizer.load_state_dict(s.optimizer.state_dict())
     shown = other.optimizer.diagnostics
-    assert (shown["trust_scale"], shown["halvings"]) == (0.125, 3.0)
+    assert [shown[f"trust_{name}"] for name in ("scale", "radius")] == [0.125, 0.5]
+    assert shown["halvings"] == 3.0
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5, math.inf, math.nan])
