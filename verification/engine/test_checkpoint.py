@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from verification.engine.scenes import RULES, scene, values
+from verification.profiles import share
 
 
 @pytest.mark.parametrize("rule", RULES)
+@share(0.4)
 @given(at=st.integers(0, 7), warmup_steps=st.one_of(st.none(), st.integers(0, 5)))
 def test_a_loaded_run_is_the_saved_one(rule: str, at: int, warmup_steps: int | None) -> None:
     first = scene(rule, warmup_steps=warmup_steps)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import apo_core as apo
 from verification.engine.scenes import MODES, RULES, Scene, classifier, scene, values
+from verification.profiles import share
 from verification.tolerances import ROUNDING, assert_close
 
 
@@ -26,6 +27,7 @@ def assert_untouched(s: Scene, before: list[Tensor]) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("loss", "fsd"), MODES)
+@share(0.2)
 @given(seed=st.integers(0, 2**16))
 def test_a_meta_step_leaves_no_trace(rule: str, loss: str, fsd: str, seed: int) -> None:
     objective = apo.ProximalObjective("kl", 0.3, 0.1, loss, fsd)  # pyright: ignore[reportArgumentType]
