@@ -12,7 +12,7 @@ from apo_core.discrepancies import (
 )
 from apo_core.functional import meta_objective
 from apo_core.objective import ProximalObjective
-from apo_core.optimizer import APO, Warmup
+from apo_core.optimizer import APO
 from apo_core.preconditioners import (
     EKFAC,
     BlockDiagonal,
@@ -27,7 +27,7 @@ from apo_core.preconditioners import (
     Scalar,
     Stacked,
 )
-from apo_core.types import Masked, ProximalTerms
+from apo_core.types import Masked, ProximalTerms, Warmup
 from apo_core.update_rule import UpdateRule
 
 __version__ = "0.1.0"

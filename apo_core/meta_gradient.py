@@ -62,6 +62,17 @@ def seen_by(rule: UpdateRule, tensors: Tensors) -> Tensors:
     return local(tensors) if rule.elementwise else whole(tensors)
 
 
+def gradients_of(named: dict[str, nn.Parameter]) -> Tensors:
+    """g, zeros for a parameter without gradient; DTensors under FSDP2.
+
+    Raises:
+        RuntimeError: no parameter has a gradient.
+    """
+    if all(p.grad is None for p in named.values()):
+        raise RuntimeError("a parameter must have a gradient, got none; call backward() first.")
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in named.values()]
+
+
 def propose(rule: UpdateRule, named: dict[str, nn.Parameter], state: State) -> Proposal:
     """g, Δ and the next state. A parameter without gradient stays, and so does its state.
 
@@ -70,9 +81,7 @@ def propose(rule: UpdateRule, named: dict[str, nn.Parameter], state: State) -> P
         ValueError: the rule returned updates of other shapes.
     """
     params: Tensors = list(named.values())
-    if all(p.grad is None for p in params):
-        raise RuntimeError("a parameter must have a gradient, got none; call backward() first.")
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    grads = gradients_of(named)
     seen = seen_by(rule, [p.detach() for p in params])
     updates, next_state = rule(seen, seen_by(rule, grads), state)
     _require_shapes(updates, seen)

@@ -14,7 +14,7 @@ Source: P22 Algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -22,24 +22,28 @@ from torch import Tensor, nn
 from apo_core.compatibility import require_instance, require_phi, require_shardable
 from apo_core.diagnostics import describe_phi, describe_q
 from apo_core.distributed import is_sharded, local, on_all_ranks, sum_over_shards
-from apo_core.meta_gradient import MetaGradient, MetaProblem, describe, propose, seen_by
+from apo_core.meta_gradient import (
+    MetaGradient,
+    MetaProblem,
+    describe,
+    gradients_of,
+    propose,
+    seen_by,
+)
 from apo_core.objective import ProximalObjective
 from apo_core.safety import choose_state, masked, norms_of, warn_of_meta_step, warn_of_step
 from apo_core.trust_region import TrustRegion
-from apo_core.types import Closure, OutputsClosure, ProximalTerms, Tensors, trainable_parameters
+from apo_core.types import (
+    Closure,
+    OutputsClosure,
+    ProximalTerms,
+    Tensors,
+    Warmup,
+    trainable_parameters,
+)
 from apo_core.update_rule import UpdateRule
 
 COUNTERS = ("steps", "meta_steps", "skipped_meta_steps")
-
-
-class Warmup(NamedTuple):
-    """A base optimizer that moves θ for the first `steps` steps, while φ already learns.
-
-    Source: P22 section 6.1 (3000 iterations of SGD with momentum).
-    """
-
-    optimizer: torch.optim.Optimizer
-    steps: int
 
 
 @final
@@ -377,9 +381,9 @@ class APO(torch.optim.Optimizer):
 
     def _warm_up(self, base: torch.optim.Optimizer) -> None:
         """A step of the user's own optimizer, which knows no finiteness of its own."""
-        grads = local([p.grad for p in self._named.values() if p.grad is not None])
+        grads = local(gradients_of(self._named))
         finite = on_all_ranks(self.model, norms_of(grads).isfinite().all())
-        self._count(finite, grads, [])
+        self._count(finite, grads, grads)
         if bool(finite):
             base.step()
 

@@ -56,6 +56,16 @@ class ProximalTerms(NamedTuple):
         return self.loss + self.fsd + self.wsd
 
 
+class Warmup(NamedTuple):
+    """A base optimizer that moves θ for the first `steps` steps, while φ already learns.
+
+    Source: P22 section 6.1 (3000 iterations of SGD with momentum).
+    """
+
+    optimizer: torch.optim.Optimizer
+    steps: int
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name and value of each parameter that has `requires_grad`; a tied one appears once.
 

@@ -155,11 +155,15 @@ def test_an_infinite_meta_gradient_of_a_finite_q(
     assert not optimizer.meta_optimizer.state
 
 
-def test_the_warm_up_skips_as_well() -> None:
+@pytest.mark.parametrize("without", [False, True])
+def test_the_warm_up_skips_as_well(without: bool) -> None:
+    """Also where another parameter has no gradient."""
     s = scene("heavy ball", warmup_steps=5)
     s.run(2)
     s.backward()
     spoil(s, math.inf)
+    if without:
+        list(s.model.parameters())[-1].grad = None
     with unchanged(s), pytest.warns(RuntimeWarning, match="a step was skipped since the gradient"):
         s.optimizer.step()
     assert s.optimizer.skipped_steps == 1
