@@ -178,8 +178,7 @@ class APO(torch.optim.Optimizer):
         found = self._meta_gradient(problem)
         if found.trouble is None:
             phi: Tensors = [self.rule.get_parameter(name) for name in found.gradients]
-            bounded = self.objective.trust_factor is not None
-            before = [p.detach().clone() for p in phi] if bounded else []
+            before = [p.detach().clone() for p in phi] if self.objective.trust_factor else []
             self.meta_optimizer.zero_grad()
             for p, gradient in zip(phi, found.gradients.values(), strict=True):
                 p.grad = gradient
@@ -203,17 +202,14 @@ class APO(torch.optim.Optimizer):
         not added, and counted as a skipped meta-step.
 
         Args:
-            loss: as in `meta_step`.
-            outputs: as in `meta_step`.
-            loss_scale: as in `meta_step`.
+            loss, outputs, loss_scale: as in `meta_step`.
             weight: the factor of the meta-gradient.
 
         Returns:
             The addends of Q, not weighted.
 
         Raises:
-            RuntimeError: as in `meta_step`.
-            ValueError: as in `meta_step`.
+            RuntimeError, ValueError: as in `meta_step`.
         """
         found = self._meta_gradient(self._problem(loss, outputs, loss_scale))
         for name, gradient in found.gradients.items():
