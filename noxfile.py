@@ -1,6 +1,8 @@
-"""The project's commands: `nox -s verify`, `experiments`, `conformance`, `oracle`, `lint`."""
+"""The commands: `nox -s verify`; experiments, conformance, oracle, peers, mutate, detect, lint."""
 
 from __future__ import annotations
+
+import os
 
 import nox
 
@@ -20,12 +22,23 @@ def install(session: nox.Session, *requirements: str) -> None:
 def verify(session: nox.Session) -> None:
     """Hold the engine to the reference, and print the ledger of the papers' claims.
 
-    Takes pytest's arguments: `nox -s verify -- -k dense --hypothesis-profile=thorough`.
+    Takes pytest's arguments, `--profile NAME` for Hypothesis' (quick, ci, thorough), and writes
+    results/ledger.json and results/ledger.html: `nox -s verify -- -k dense --profile thorough`.
     """
-    install(session, "-e", ".[verify]")
-    # Parallel workers, one thread each: the tests' matrices are small.
-    arguments = session.posargs or ["-n", "auto", "--dist", "worksteal"]
+    install(session, "-e", ".[peers]")
+    profile = [
+        argument.replace("--profile", "--hypothesis-profile") for argument in session.posargs
+    ]
+    # Parallel workers, one thread each: the tests' matrices are small. `-n 0` turns them off.
+    arguments = ["-n", "auto", "--dist", "worksteal", "--verify-report=results", *profile]
     session.run("pytest", *arguments, env=ONE_THREAD)
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Compare with other people's code alone: curvlinops, TorchOpt."""
+    install(session, "-e", ".[peers]")
+    session.run("pytest", "verification/differential", *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -63,6 +76,29 @@ def oracle(session: nox.Session) -> None:
     session.run(
         "pytest", *levels, "-n", "auto", "--dist", "worksteal", *session.posargs, env=ONE_THREAD
     )
+
+
+@nox.session
+def mutate(session: nox.Session) -> None:
+    """Change one operation of the numerical core at a time, and see whether a test notices.
+
+    An interrupted run goes on. Takes the budget in minutes, a sample and more:
+    `nox -s mutate -- --budget 20 --sample 500 --seed 1 --jobs 4`.
+    """
+    install(session, "-e", ".[verify]")
+    arguments = session.posargs or ["--budget", "120", "--jobs", str(os.cpu_count() or 1)]
+    session.run("python", "-m", "verification.mutation", *arguments, env=ONE_THREAD)
+
+
+@nox.session
+def detect(session: nox.Session) -> None:
+    """Measure the smallest relative error of each core quantity that the suite notices.
+
+    Takes options: `nox -s detect -- --only EKFAC --report results/detection`.
+    """
+    install(session, "-e", ".[verify]")
+    arguments = session.posargs or ["--jobs", str(os.cpu_count() or 1)]
+    session.run("python", "-m", "verification.detection", *arguments, env=ONE_THREAD)
 
 
 @nox.session

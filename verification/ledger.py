@@ -1,16 +1,18 @@
-"""Pytest plugin: what this run shows for every claim, printed as the last thing.
+"""Pytest plugin: what this run shows for every claim and property, printed as the last thing.
 
-For each test it counts the Hypothesis examples and keeps the worst error/tolerance; both travel in
-the report's `user_properties`, so that they arrive from pytest-xdist's workers as well.
+For each test it counts the Hypothesis examples and the comparisons and keeps the worst
+error/tolerance; they travel in the report's `user_properties`, so that they arrive from
+pytest-xdist's workers as well. A property is a test function over all its parameters.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
-from collections.abc import Callable, Generator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -29,20 +31,31 @@ from verification.claims import (
     missing_tests,
     shown_status,
 )
+from verification.report import LOOSE, LOOSE_AFTER, lines, write
 from verification.tolerances import recording
 
 _PROPERTY = "apo-ledger"
-_WIDTH = 118  # of the table: fits the log viewers that do not wrap at 120
 
 
 @final
 @dataclass(frozen=True)
 class Measured:
-    """What one test showed: its outcome, examples that ran, examples rejected, worst ratio."""
+    """What one test showed.
+
+    Attributes:
+        outcome: pytest's.
+        seconds: of its set-up, call and tear-down.
+        examples: Hypothesis examples that ran.
+        rejected: examples that `assume` rejected.
+        comparisons: calls of `assert_close` that allow an error.
+        worst: their largest error/tolerance.
+    """
 
     outcome: str
+    seconds: float = 0.0
     examples: int = 0
     rejected: int = 0
+    comparisons: int = 0
     worst: float | None = None
 
 
@@ -55,6 +68,7 @@ class Ledger:
     measured: dict[str, Measured] = field(default_factory=dict)
     collected: set[str] = field(default_factory=set)
     faults: list[str] = field(default_factory=list)
+    started: float = field(default_factory=time.perf_counter)
 
     def note(self, report: pytest.TestReport) -> None:
         """Take in one phase of one test: a failure in any phase is a failure of the test."""
@@ -67,7 +81,8 @@ class Ledger:
         else:
             outcome = before.outcome if before is not None else "not run"
         values = properties if isinstance(properties, dict) else {}
-        self.measured[report.nodeid] = Measured(outcome, **values)
+        seconds = report.duration + (before.seconds if before is not None else 0.0)
+        self.measured[report.nodeid] = Measured(outcome, seconds, **values)
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each claim: what it is, what this run shows of it, and by how much."""
@@ -91,37 +106,64 @@ class Ledger:
                     "passed": results.count("passed") + len(claim.records),
                     "evidence": len(results) + unrun + len(claim.records),
                     "examples": sum(m.examples for m in mine),
-                    "worst": _number(
-                        max((m.worst for m in mine if m.worst is not None), default=None)
-                    ),
+                    "worst": _worst(mine),
                     "note": claim.note,
                 }
             )
         return rows
 
+    def properties(self) -> list[dict[str, Any]]:
+        """One row for each test function: all its parameters together, the slowest first."""
+        cases: dict[str, list[Measured]] = defaultdict(list)
+        for node_id, measured in self.measured.items():
+            cases[node_id.partition("[")[0]].append(measured)
+        rows = [
+            {
+                "name": name,
+                "cases": len(mine),
+                "failed": sum(m.outcome == "failed" for m in mine),
+                "seconds": round(sum(m.seconds for m in mine), 3),
+                "examples": sum(m.examples for m in mine),
+                "comparisons": sum(m.comparisons for m in mine),
+                "worst": _worst(mine),
+                "loose": _loose(mine),
+            }
+            for name, mine in cases.items()
+        ]
+        return sorted(rows, key=lambda row: (-row["seconds"], row["name"]))
+
     def document(self) -> dict[str, Any]:
         """The whole run as plain data."""
+        measured, properties = list(self.measured.values()), self.properties()
         return {
             "profile": settings.get_current_profile_name(),
-            "examples": sum(m.examples for m in self.measured.values()),
-            "rejected": sum(m.rejected for m in self.measured.values()),
+            "seconds": round(time.perf_counter() - self.started, 3),
+            "test_seconds": round(sum(m.seconds for m in measured), 3),
+            "examples": sum(m.examples for m in measured),
+            "rejected": sum(m.rejected for m in measured),
+            "comparisons": sum(m.comparisons for m in measured),
+            "worst": _worst(measured),
+            "loose": sorted(row["name"] for row in properties if row["loose"]),
             "faults": self.faults,
             "claims": self.rows(),
+            "properties": properties,
             "tests": {
-                node_id: vars(m) | {"worst": _number(m.worst)}
+                node_id: vars(m) | {"worst": _number(m.worst), "seconds": round(m.seconds, 3)}
                 for node_id, m in sorted(self.measured.items())
             },
         }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--ledger-json PATH` and `--claims PATH`."""
+    """Add `--verify-report FOLDER` and `--claims PATH`."""
     group = parser.getgroup("ledger", "the claims ledger")
     group.addoption(
-        "--ledger-json",
-        metavar="PATH",
+        "--verify-report",
+        metavar="FOLDER",
         type=Path,
-        help="write the ledger as JSON (or set APO_VERIFY_OUT to a folder: ledger.json in it)",
+        default=os.environ.get("APO_VERIFY_OUT"),
+        help="write the run to FOLDER/ledger.json and FOLDER/ledger.html (default: the "
+        "environment variable APO_VERIFY_OUT, else nothing is written)",
     )
     group.addoption(
         "--claims",
@@ -157,7 +199,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     finally:
         if handle is not None and inner is not None:
             handle.inner_test = inner
-        item.user_properties.append((_PROPERTY, {**counts, "worst": worst.value}))
+        shown = {**counts, "comparisons": worst.comparisons, "worst": worst.value}
+        item.user_properties.append((_PROPERTY, shown))
 
 
 def _counted(inner: Callable[..., object], counts: dict[str, int]) -> Callable[..., object]:
@@ -211,11 +254,12 @@ class _Controller:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if not session.config.option.collectonly:
             reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+            document = ledger.document()
             if reporter is not None:
-                reporter.write_line("\n" + "\n".join(render(ledger)))
-            path = _json_path(session.config)
-            if path is not None:
-                write_json(ledger.document(), path)
+                reporter.write_line("\n" + "\n".join(lines(document)))
+            folder = session.config.option.verify_report
+            if folder is not None:
+                write(document, Path(folder))
         return result
 
 
@@ -227,65 +271,17 @@ def _collects_whole_files(config: pytest.Config) -> bool:
     return not (partial or cached or any("::" in argument for argument in config.args))
 
 
-def render(ledger: Ledger) -> list[str]:
-    """The ledger as lines of at most 118 columns."""
-    rows = ledger.rows()
-    widths = (max(len(row["id"]) for row in rows) if rows else 2, 0, 10, 8, 8, 9)
-    claim_width = _WIDTH - sum(widths) - 2 * (len(widths) - 1)
-    heads = ("id", "claim", "status", "evidence", "examples", "worst e/t")
+def _worst(measured: Sequence[Measured]) -> float | str | None:
+    """The worst error/tolerance of several tests, None where nothing was compared."""
+    return _number(max((m.worst for m in measured if m.worst is not None), default=None))
 
-    def line(cells: tuple[str, ...]) -> str:
-        id_, claim, status, evidence, examples, worst = cells
-        short = claim if len(claim) <= claim_width else claim[: claim_width - 1] + "…"
-        return (
-            f"{id_:<{widths[0]}}  {short:<{claim_width}}  {status:<{widths[2]}}"
-            f"  {evidence:>{widths[3]}}  {examples:>{widths[4]}}  {worst:>{widths[5]}}"
-        ).rstrip()
 
-    lines = ["The claims and what this run shows of them", line(heads), "-" * _WIDTH]
-    for row in rows:
-        ran = row["evidence"] > 0
-        lines.append(
-            line(
-                (
-                    row["id"],
-                    row["claim"],
-                    row["status"],
-                    f"{row['passed']}/{row['evidence']}" if ran else "-",
-                    f"{row['examples']:,}" if ran else "-",
-                    "-" if row["worst"] is None else f"{float(row['worst']):.2g}",
-                )
-            )
-        )
-    document = ledger.document()
-    tally = {status: 0 for status in sorted({row["status"] for row in rows})}
-    for row in rows:
-        tally[row["status"]] += 1
-    worst = max((m.worst for m in ledger.measured.values() if m.worst is not None), default=None)
-    lines += [
-        "-" * _WIDTH,
-        f"{len(rows)} claims: " + ", ".join(f"{n} {status}" for status, n in tally.items()),
-        f"{len(ledger.measured):,} tests, {document['examples']:,} Hypothesis examples "
-        f"({document['rejected']:,} more rejected), profile {document['profile']}, "
-        f"worst error/tolerance {'-' if worst is None else f'{worst:.2g}'}",
-    ]
-    return lines + [f"LEDGER FAULT: {fault}" for fault in ledger.faults]
+def _loose(measured: Sequence[Measured]) -> bool:
+    """Whether enough was compared, and nothing came near its tolerance."""
+    worst = max((m.worst for m in measured if m.worst is not None), default=math.inf)
+    return worst < LOOSE and sum(m.comparisons for m in measured) >= LOOSE_AFTER
 
 
 def _number(worst: float | None) -> float | str | None:
     """JSON has no infinity: it is written as the string "inf"."""
     return "inf" if worst is not None and math.isinf(worst) else worst
-
-
-def _json_path(config: pytest.Config) -> Path | None:
-    given: Path | None = config.option.ledger_json
-    folder = os.environ.get("APO_VERIFY_OUT")
-    return given or (Path(folder) / "ledger.json" if folder else None)
-
-
-def write_json(document: dict[str, Any], path: Path) -> None:
-    """Write `document` so that a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)

@@ -1,4 +1,5 @@
-"""Hypothesis profiles: `quick` while working, `ci` repeatable, `thorough` random.
+"""Hypothesis profiles: `quick` while working, `ci` repeatable, `thorough` random and ten
+times as many.
 
 Chosen by `--hypothesis-profile NAME`, else by the environment variable `APO_PROFILE`, else `ci`.
 """
@@ -39,7 +40,7 @@ def register() -> None:
     )
     settings.register_profile(
         "thorough",
-        max_examples=500,
+        max_examples=400,
         deadline=None,
         derandomize=False,
         print_blob=True,

@@ -128,12 +128,19 @@ MINIMIZER = Tolerance(
 @final
 @dataclass(eq=False)
 class WorstRatio:
-    """The worst error/tolerance of the comparisons in one block, or None where none was made."""
+    """The worst error/tolerance of the comparisons in one block, or None where none was made.
+
+    Attributes:
+        value: the worst.
+        comparisons: how many there were, without those that allow no error at all.
+    """
 
     value: float | None = None
+    comparisons: int = 0
 
     def note(self, ratio: float) -> None:
-        """Keep `ratio` if it is the worst so far."""
+        """Count a comparison, and keep its `ratio` if it is the worst so far."""
+        self.comparisons += 1
         self.value = float(ratio if self.value is None else max(self.value, ratio))
 
 

@@ -12,18 +12,20 @@ from reference.analytic import ACTIVATIONS
 from reference.arrays import Array
 from verification.l0_oracle import high_precision as hp
 from verification.l0_oracle.rounding import pass_errors
-from verification.strategies import SMOOTH, networks, parameters
+from verification.strategies import FORMS, SMOOTH, networks, parameters
+from verification.strategies.batches import inputs_of
 from verification.tolerances import BITWISE, COMPLEX_STEP, FUNCTION, assert_close
 
 inputs_seed = st.integers(0, 2**16)
 
 
 def draw_pass(data: st.DataObject, **options: Any) -> tuple[Network, Array, Array]:
-    network = data.draw(networks(**options), label="network")
+    network = data.draw(networks(max_width=12, max_hidden=4, **options), label="network")
     theta = data.draw(parameters(network), label="theta")
     rows = data.draw(st.integers(1, 4), label="examples")
     rng = np.random.default_rng(data.draw(inputs_seed, label="inputs seed"))
-    return network, theta, rng.standard_normal((rows, network.input_size))
+    form = data.draw(st.sampled_from(FORMS), label="form of the inputs")
+    return network, theta, inputs_of(form, rows, network.input_size, rng)
 
 
 @given(st.data())

@@ -12,7 +12,7 @@ from verification.strategies import MetaCase, meta_cases
 from verification.tolerances import BITWISE, ROUNDING, assert_close
 
 
-@given(case=meta_cases())
+@given(case=meta_cases(broad=True))
 def test_outputs(case: MetaCase) -> None:
     network = case.problem.network
     passes = pass_errors(network, case.theta, case.other.inputs)
@@ -27,7 +27,7 @@ def test_outputs(case: MetaCase) -> None:
     )
 
 
-@given(case=meta_cases())
+@given(case=meta_cases(broad=True))
 def test_loss_gradient(case: MetaCase) -> None:
     network = case.problem.network
     model = bridge.twin(network, case.theta)
@@ -44,7 +44,7 @@ def test_loss_gradient(case: MetaCase) -> None:
     )
 
 
-@given(case=meta_cases())
+@given(case=meta_cases(broad=True))
 def test_vectors_come_back(case: MetaCase) -> None:
     network = case.problem.network
     tensors = bridge.to_tensors(case.theta, network)
@@ -74,7 +74,7 @@ def test_matrices_come_back_and_act_alike(case: MetaCase, seed: int) -> None:
     )
 
 
-@given(case=meta_cases())
+@given(case=meta_cases(broad=True))
 def test_gradients_must_be_there(case: MetaCase) -> None:
     model = bridge.twin(case.problem.network, case.theta)
     with pytest.raises(ValueError, match="every parameter must have a gradient"):

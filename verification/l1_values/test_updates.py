@@ -15,7 +15,7 @@ from verification.tolerances import BITWISE, ROUNDING, assert_close
 
 
 @pytest.mark.parametrize("name", [rule for rule in RULES if rule != "momentum-without-history"])
-@given(case=meta_cases(), recipe=scaled_normals())
+@given(case=meta_cases(broad=True), recipe=scaled_normals())
 def test_one_step(name: str, case: MetaCase, recipe: ScaledNormal) -> None:
     twin = rule_twin(name, case, recipe)
     optimizer = engine(case, twin.build)
@@ -32,7 +32,9 @@ def test_one_step(name: str, case: MetaCase, recipe: ScaledNormal) -> None:
 
 
 @pytest.mark.parametrize("nesterov", [False, True], ids=["heavy-ball", "nesterov"])
-@given(case=meta_cases(), eta=rates(), mu=st.floats(0.01, 0.99), seed=st.integers(0, 2**16))
+@given(
+    case=meta_cases(broad=True), eta=rates(), mu=st.floats(0.01, 0.99), seed=st.integers(0, 2**16)
+)
 def test_momentum_over_several_steps(
     nesterov: bool, case: MetaCase, eta: float, mu: float, seed: int
 ) -> None:
@@ -61,7 +63,9 @@ def test_momentum_over_several_steps(
 
 
 @pytest.mark.parametrize("name", ["sgd", "heavy-ball", "nesterov"])
-@given(case=meta_cases(), eta=rates(), mu=st.floats(0.01, 0.99), seed=st.integers(0, 2**16))
+@given(
+    case=meta_cases(broad=True), eta=rates(), mu=st.floats(0.01, 0.99), seed=st.integers(0, 2**16)
+)
 def test_torch_sgd_takes_the_same_steps(
     name: str, case: MetaCase, eta: float, mu: float, seed: int
 ) -> None:
@@ -94,21 +98,20 @@ def test_torch_sgd_takes_the_same_steps(
 def test_every_structure_starts_as_sgd_of_rate_s_squared(
     structure: type[apo.Preconditioner], case: MetaCase, scale: float
 ) -> None:
-    """P = s² I at the start, whatever the structure."""
+    """P = s² I at the start, whatever the structure: products with 0 and 1 are exact."""
     optimizer = engine(
         case, lambda model: apo.rules.Preconditioned(model, structure, initial_scale=scale)
     )
     rule = optimizer.rule
     assert isinstance(rule, apo.rules.Preconditioned)
     P = bridge.array(rule.dense())
-    assert_close(P, scale**2 * np.eye(len(P)), ROUNDING, size=1, what="P at the start")
+    assert_close(P, scale**2 * np.eye(len(P)), BITWISE, what="P at the start")
     optimizer.step()
     g = case.gradient
     assert_close(
         bridge.parameters_of(optimizer.model, case.problem.network),
         case.theta - scale**2 * g,
-        ROUNDING,
-        scale=float(np.linalg.norm(np.abs(case.theta) + scale**2 * np.abs(g))),
+        BITWISE,
         what="θ'",
     )
 

@@ -18,6 +18,7 @@ from verification.claims import (
     missing_tests,
     shown_status,
 )
+from verification.report import WIDTH
 
 EVERY_ID = [
     "p22-eq3",
@@ -122,8 +123,7 @@ def row(**changes: object) -> str:
     return "[[claim]]\n" + "\n".join(lines) + "\n"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def written(folder: Path) -> Path:
     """A repository with one test file and one record."""
     tests = """
         from hypothesis import assume, given, settings, strategies as st
@@ -147,10 +147,16 @@ def root(tmp_path: Path) -> Path:
         def test_skipped():
             pass
     """
-    (tmp_path / "test_it.py").write_text("\n".join(line[8:] for line in tests.splitlines()))
-    (tmp_path / "record.json").write_text("{}")
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    return tmp_path
+    (folder / "test_it.py").write_text("\n".join(line[8:] for line in tests.splitlines()))
+    (folder / "record.json").write_text("{}")
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository of the test's own."""
+    return written(tmp_path)
 
 
 def load(root: Path, *rows: str) -> list[Claim]:
@@ -258,7 +264,10 @@ def test_evidence_must_exist_where_its_file_was_collected() -> None:
     assert not covers("t.py::test_a", "t.py::test_a_longer")
 
 
-def run(root: Path, *arguments: str, **environment: str) -> tuple[int, list[str], dict[str, Any]]:
+Run = tuple[int, list[str], dict[str, Any]]
+
+
+def run(root: Path, *arguments: str, **environment: str) -> Run:
     """Exit status, the lines printed, and the JSON of pytest with the plugin on `root`."""
     command = [
         sys.executable,
@@ -272,7 +281,7 @@ def run(root: Path, *arguments: str, **environment: str) -> tuple[int, list[str]
     command += ["--rootdir", str(root), "-c", str(root / "pytest.ini")]
     command += ["--claims", str(root / "claims.toml")]
     if not environment:
-        command += ["--ledger-json", str(root / "ledger.json")]
+        command += ["--verify-report", str(root)]
     done = subprocess.run(
         [*command, *arguments],
         cwd=ROOT,
@@ -286,8 +295,10 @@ def run(root: Path, *arguments: str, **environment: str) -> tuple[int, list[str]
     return done.returncode, (done.stdout + done.stderr).splitlines(), document
 
 
-@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["alone", "xdist"])
-def test_the_table_comes_last_and_is_written_as_json(root: Path, workers: tuple[str, ...]) -> None:
+@pytest.fixture(scope="module", params=[(), ("-n", "1")], ids=["alone", "xdist"])
+def whole_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One run of all that `written` has, alone and by a worker."""
+    root = written(tmp_path_factory.mktemp("whole"))
     load(
         root,
         row(),
@@ -295,15 +306,20 @@ def test_the_table_comes_last_and_is_written_as_json(root: Path, workers: tuple[
         row(id="p22-thm1", tests=["test_it.py::test_two"]),
         row(id="p22-cor2", tests=["test_it.py::test_skipped"]),
     )
-    status, lines, document = run(root, str(root / "test_it.py"), *workers)
+    return run(root, str(root / "test_it.py"), *request.param)
+
+
+def test_the_table_comes_last_and_is_written_as_json(whole_run: Run) -> None:
+    status, lines, document = whole_run
     assert status == 1
     table = {line.split()[0]: line for line in lines if line.startswith("p22-")}
     assert table["p22-eq9"].split()[3:] == ["verified", "1/1", "10", "0.09"]
     assert table["p22-eq10"].split()[3:5] == ["FAILED", "1/2"]
     assert "2/2" in table["p22-thm1"]
     assert table["p22-cor2"].split()[3:6] == ["not", "run", "0/1"]
-    assert lines[-1].startswith("5 tests, ")
-    assert max(map(len, lines[lines.index(table["p22-eq9"]) :])) <= 118
+    assert lines[-4] == "4 claims: 1 FAILED, 1 not run, 2 verified"
+    assert lines[-2].startswith("5 tests of 4 properties, 10 Hypothesis examples (1 more rejected)")
+    assert max(map(len, lines[lines.index(table["p22-eq9"]) :])) <= WIDTH
     first = document["claims"][0]
     assert (first["examples"], document["rejected"]) == (10, 1)  # the integers 0 to 10 but for 3
     assert first["worst"] == pytest.approx(0.09, rel=0.1)  # 1e-16 of 5 eps
@@ -314,6 +330,69 @@ def test_the_table_comes_last_and_is_written_as_json(root: Path, workers: tuple[
         "verified",
         "not run",
     ]
+
+
+def test_every_property_has_its_figures(whole_run: Run) -> None:
+    """Counted by hand from the file; a property is a function over its parameters."""
+    _, lines, document = whole_run
+    shown = {one["name"].removeprefix("test_it.py::"): one for one in document["properties"]}
+    figures = {
+        name: [one[key] for key in ("cases", "failed", "examples", "comparisons")]
+        for name, one in shown.items()
+    }
+    assert figures == {
+        "test_a": [1, 0, 10, 10],
+        "test_two": [2, 0, 0, 0],
+        "test_fails": [1, 1, 0, 1],
+        "test_skipped": [1, 0, 0, 0],
+    }
+    assert shown["test_two"]["worst"] is None
+    seconds = sum(one["seconds"] for one in document["tests"].values())
+    assert sum(one["seconds"] for one in shown.values()) == pytest.approx(seconds, abs=0.01)
+    assert document["test_seconds"] == pytest.approx(seconds, abs=0.01)
+    assert document["seconds"] > 0
+    heading = next(i for i, line in enumerate(lines) if line.startswith("The 4 slowest of 4"))
+    listed = {line.split()[0] for line in lines[heading + 3 : heading + 7]}
+    assert listed == {f"test_it.py::{name}" for name in shown}
+
+
+def test_a_tolerance_that_nothing_comes_near_is_told(root: Path) -> None:
+    """5e-18 is 4.5e-3 of 5 eps, and 4.5e-5 of 500 eps; BITWISE has no ratio."""
+    (root / "test_it.py").write_text(
+        """
+from verification.tolerances import BITWISE, ROUNDING, assert_close
+
+def close(n=20, **how):
+    for _ in range(n):
+        assert_close(5e-18, 0.0, ROUNDING, scale=1.0, **how)
+
+def test_tight():
+    close()
+
+def test_loose():
+    close(iterations=100)
+
+def test_few():
+    close(n=19, iterations=100)
+
+def test_once_near():
+    close(iterations=100)
+    close(n=1)
+
+def test_bitwise():
+    for _ in range(20):
+        assert_close(1.0, 1.0, BITWISE)
+"""
+    )
+    load(root, row(tests=["test_it.py::test_tight"]))
+    _, lines, document = run(root, str(root / "test_it.py"))
+    assert document["loose"] == ["test_it.py::test_loose"]
+    assert lines[-3].startswith("1 loose of 4 properties with a tolerance")
+    assert any(line.startswith("test_it.py::test_loose (loose) ") for line in lines)
+    page = (root / "ledger.html").read_text(encoding="utf-8")
+    loose = page[page.index("too loose") : page.index("Every property")]
+    assert "test_loose" in loose
+    assert "test_tight" not in loose
 
 
 def test_evidence_that_does_not_exist_fails_the_run(root: Path) -> None:
@@ -339,4 +418,4 @@ def test_the_folder_may_come_from_the_environment(root: Path) -> None:
     folder = root / "given"
     status, _, _ = run(root, f"{root}/test_it.py::test_a", APO_VERIFY_OUT=str(folder))
     assert status == 0
-    assert [path.name for path in folder.iterdir()] == ["ledger.json"]
+    assert {path.name for path in folder.iterdir()} == {"ledger.json", "ledger.html"}

@@ -4,7 +4,7 @@ Discrete choices, scales and seeds are drawn, arrays are built from the seeds: a
 printed as the recipe that rebuilds it, and shrinks towards one example, one layer and seed 0.
 """
 
-from verification.strategies.batches import batches
+from verification.strategies.batches import FORMS, batches
 from verification.strategies.convolutions import conv_nets
 from verification.strategies.discrepancies import DISCREPANCIES, discrepancies
 from verification.strategies.fixed_heads import KFACCase, kfac_cases
@@ -20,6 +20,7 @@ __all__ = [
     "ALL_LOSSES",
     "CONVEX_LOSSES",
     "DISCREPANCIES",
+    "FORMS",
     "LOSSES",
     "NETWORK_KINDS",
     "SMOOTH",

@@ -14,7 +14,7 @@ from reference.discrepancies import Discrepancy
 from reference.losses import CrossEntropy, GaussianNLL, Loss, SquaredError
 from reference.meta_objective import MetaObjective
 from reference.problem import Batch, Problem
-from verification.strategies.batches import batches
+from verification.strategies.batches import DEGENERATE, FORMS, GENERIC, batches
 from verification.strategies.discrepancies import discrepancies
 from verification.strategies.networks import NETWORK_KINDS, SMOOTH, networks, parameters
 from verification.strategies.readable import show
@@ -76,8 +76,12 @@ def meta_cases(
     losses: Mapping[str, Loss] = LOSSES,
     rhos: st.SearchStrategy[Discrepancy] | None = None,
     small: bool = False,
+    broad: bool = False,
 ) -> MetaCase:
     """A problem with everything that Q needs.
+
+    Usually at most two hidden layers and three units in each, inputs of the order of 1, and λ from
+    1e-4 to 1e2.
 
     Args:
         draw: given by Hypothesis.
@@ -87,19 +91,25 @@ def meta_cases(
         losses: to choose from; those that the engine has by default.
         rhos: the discrepancies; those that suit every network and loss by default.
         small: at most one hidden layer and two units in each, for what costs n² gradients.
+        broad: up to four hidden layers and twelve units in each, tiny and huge inputs, and λ from
+            1e-6 to 1e6.
     """
     loss = losses[draw(st.sampled_from(list(losses)), label="loss")]
     activations = SMOOTH if smooth else (*SMOOTH, "relu")
     even = isinstance(loss, GaussianNLL)
     sizes = {"max_width": 2, "max_hidden": 1} if small else {}
+    sizes = {"max_width": 12, "max_hidden": 4} if broad else sizes
+    forms = FORMS if broad else (*GENERIC, *DEGENERATE)
+    if pairs is None:
+        pairs = proximity_weights(decades=(-6.0, 6.0) if broad else (-4.0, 2.0))
     network = draw(
         networks(kinds=kinds, activations=activations, even=even, **sizes), label="network"
     )
     return MetaCase(
         problem=Problem(network, loss),
         theta=draw(parameters(network), label="θ"),
-        batch=draw(batches(network, loss), label="B"),
-        other=draw(batches(network, loss), label="B'"),
+        batch=draw(batches(network, loss, forms=forms), label="B"),
+        other=draw(batches(network, loss, forms=forms), label="B'"),
         discrepancy=draw(discrepancies() if rhos is None else rhos, label="discrepancy"),
-        weights=draw(proximity_weights() if pairs is None else pairs, label="weights"),
+        weights=draw(pairs, label="weights"),
     )

@@ -53,7 +53,7 @@ def spd_matrices(
     *,
     min_size: int = 1,
     max_size: int = 6,
-    max_condition: float = 1e4,
+    max_condition: float = 1e8,
     max_log_scale: float = 2.0,
 ) -> SPD:
     """Matrices with a log-uniform spectrum of condition number at most `max_condition`.
