@@ -1,5 +1,4 @@
-"""Hypothesis profiles: `quick` while working, `ci` repeatable, `thorough` random and ten
-times as many.
+"""Hypothesis profiles: `quick` while working, `ci` repeatable, `thorough` random, ten times `ci`.
 
 Chosen by `--hypothesis-profile NAME`, else by the environment variable `APO_PROFILE`, else `ci`.
 """

@@ -1,5 +1,7 @@
 """A loss scale that is a power of two changes exponents alone, so no bit of a meta-step."""
 
+from typing import Literal, TypeAlias
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +9,16 @@ from torch.nn.functional import mse_loss
 
 import apo_core as apo
 
+LossMode: TypeAlias = Literal["exact", "linear", "quadratic"]
+FSDMode: TypeAlias = Literal["exact", "quadratic"]
+
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 1024.0])
 @pytest.mark.parametrize("loss_mode", ["exact", "linear", "quadratic"])
 @pytest.mark.parametrize("fsd_mode", ["exact", "quadratic"])
-def test_a_power_of_two_changes_no_bit(scale: float, loss_mode: str, fsd_mode: str) -> None:
+def test_a_power_of_two_changes_no_bit(
+    scale: float, loss_mode: LossMode, fsd_mode: FSDMode
+) -> None:
     """1.0 takes another path than every other scale, and both must be the same one."""
 
     def phi_after(loss_scale: float) -> torch.Tensor:

@@ -16,10 +16,10 @@ from verification.tolerances import FUNCTION, assert_close
 SHOWN: dict[str, Callable[[nn.Module, float, bool], apo.UpdateRule]] = {
     "SGD.lr": lambda m, x, each: apo.rules.SGD(m, lr=x, per_layer=each),
     "RMSprop.lr": lambda m, x, each: apo.rules.RMSprop(m, lr=x, per_layer=each),
-    "RMSprop.rho": lambda m, x, each: apo.rules.RMSprop(m, rho=x, per_layer=each),
-    "RMSprop.eps": lambda m, x, each: apo.rules.RMSprop(m, eps=x, per_layer=each),
+    "RMSprop.rho": lambda m, x, each: apo.rules.RMSprop(m, rho=x, learn=("rho",), per_layer=each),
+    "RMSprop.eps": lambda m, x, each: apo.rules.RMSprop(m, eps=x, learn=("eps",), per_layer=each),
     "Adam.lr": lambda m, x, each: apo.rules.Adam(m, lr=x, per_layer=each),
-    "Adam.eps": lambda m, x, each: apo.rules.Adam(m, eps=x, per_layer=each),
+    "Adam.eps": lambda m, x, each: apo.rules.Adam(m, eps=x, learn=("eps",), per_layer=each),
     "KFAC.lr": lambda m, x, each: apo.rules.KFAC(m, lr=x, per_layer=each),
     "KFAC.damping": lambda m, x, each: apo.rules.KFAC(m, damping=x, per_layer=each),
 }
