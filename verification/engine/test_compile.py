@@ -7,6 +7,7 @@ runs the graphs without the minute that a C++ compiler takes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -86,13 +87,13 @@ def test_what_needs_a_second_derivative_is_right_or_refused(mode: dict[str, str]
     terms = []
     for compiled in (False, True):
         model = network().eval()
-        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        forward: Any = torch.compile(model, backend="aot_eager") if compiled else model
         rule = apo.rules.SGD(model, 0.1)
         objective = apo.ProximalObjective("kl", 0.3, 0.1, **mode)  # pyright: ignore[reportArgumentType]
         optimizer = apo.APO(model, rule, objective, torch.optim.SGD(rule.parameters(), lr=0.1))
         x = torch.linspace(-1.0, 1.0, 24, dtype=torch.float64).reshape(6, 4)
 
-        def loss(forward: nn.Module = forward, x: Tensor = x) -> Tensor:  # pyright: ignore[reportArgumentType]
+        def loss(forward: Any = forward, x: Tensor = x) -> Tensor:
             return cross_entropy(forward(x), torch.arange(6) % 3)
 
         loss().backward()

@@ -87,7 +87,7 @@ def test_weights_are_averaged_and_batch_norm_is_updated() -> None:
     expected = torch.stack(seen).mean(0)
     assert_close(mean.numpy(), expected.numpy(), ROUNDING, size=3, iterations=3, what="mean of θ")
     swa_utils.update_bn([s.x], average)
-    norm = average.module[1]
+    norm = average.module.get_submodule("1")
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.num_batches_tracked is not None
     assert int(norm.num_batches_tracked) == 1

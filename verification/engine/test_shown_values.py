@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,6 +40,18 @@ def test_a_rule_shows_what_it_was_given_without_a_graph(
     expected = torch.full((2,) if per_layer else (), value, dtype=torch.float64)
     # |log 1e-6| < 14 is the condition of exp at its argument.
     assert_close(bridge.array(shown), expected.numpy(), FUNCTION, condition=14.0, what=name)
+
+
+@given(value=st.floats(1e-6, 0.9))
+def test_the_rule_of_any_optimizer_shows_a_rate_for_each_group_without_a_graph(
+    value: float,
+) -> None:
+    model = nn.Linear(3, 2).double()
+    groups = [{"params": [p], "lr": value * k} for k, p in enumerate(model.parameters(), 1)]
+    shown = apo.rules.LearningRate(model, torch.optim.SGD(groups)).lr
+    assert not shown.requires_grad
+    expected = value * np.array([1.0, 2.0])
+    assert_close(bridge.array(shown), expected, FUNCTION, condition=14.0, what="lr")
 
 
 LINEAR, NORM = nn.Linear(3, 2), nn.LayerNorm(3)

@@ -165,8 +165,8 @@ def test_it_costs_four_forward_passes(factor: float | None, passes: int) -> None
     """J_B(θ), and after the move of φ the outputs at θ and both passes at θ' once more."""
     s = scene(objective=apo.ProximalObjective("kl", 0.3, 0.1, trust_factor=factor))
     s.backward()
-    calls: list[Tensor] = []
-    s.model.register_forward_hook(lambda _, __, output: calls.append(output))
+    calls: list[int] = []
+    s.model.register_forward_hook(lambda *_: calls.append(1))
     s.meta_step()
     assert len(calls) == passes
     assert s.optimizer.trust.scale == 1.0

@@ -172,9 +172,7 @@ def test_the_callers_arguments_are_left_alone() -> None:
     model = nn.Linear(3, 2)
     rule = apo.rules.Preconditioned(model)
     meta_optimizer = torch.optim.Adam(rule.parameters(), lr=1e-3)
-    before = copy.deepcopy([values(model), values(rule), meta_optimizer.state_dict()])
+    before, settings = [*values(model), *values(rule)], copy.deepcopy(meta_optimizer.state_dict())
     apo.APO(model, rule, apo.ProximalObjective("kl", 0.1), meta_optimizer)
-    after = [values(model), values(rule), meta_optimizer.state_dict()]
-    assert all(map(torch.equal, before[0], after[0]))
-    assert all(map(torch.equal, before[1], after[1]))
-    assert before[2] == after[2]
+    assert all(map(torch.equal, before, [*values(model), *values(rule)]))
+    assert meta_optimizer.state_dict() == settings
