@@ -77,3 +77,9 @@ def test_the_horizon_is_the_first_at_which_the_printed_bound_fails(
     slack = 1.0 + ROUNDING.allowed(size=4)  # the horizon divides in another order
     assert rate_bound(cycle.weight, T, gap) < norm**2 * slack
     assert T == 1 or rate_bound(cycle.weight, T - 1, gap) * slack >= norm**2
+
+
+@pytest.mark.parametrize("ratio", [1.0 / 6.0, 0.5, 0.1, 0.6])
+def test_a_helix_has_no_cycle_at_the_ends_or_outside(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"`ratio` must lie in \(1/6, 1/2\), got"):
+        helix_cycle(ratio)

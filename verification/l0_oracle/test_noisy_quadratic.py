@@ -166,3 +166,11 @@ def test_problems_check_their_numbers() -> None:
         unrolled(NoisyQuadratic([1.0]), [1.0], [0.1], "greed")
     with pytest.raises(ValueError, match=r"`wsd_weight` must be non-negative and finite, got -1.0"):
         same_batch_rate(NoisyQuadratic([1.0]), np.ones(1), -1.0)
+
+
+def test_a_coordinate_may_have_no_noise() -> None:
+    """Its gradient is exact, and gradient descent with rate 1/(2h) ends there at once."""
+    problem = NoisyQuadratic([1.0, 2.0], [0.0, 1.0], half=False)
+    assert problem.v.tolist() == [0.0, 1.0]
+    x = np.array([3.0, 3.0])
+    assert x[0] - problem.noisy_gradient(x, np.zeros(2))[0] / 2.0 == 0.0

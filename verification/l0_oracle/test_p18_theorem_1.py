@@ -236,6 +236,14 @@ def test_from_the_second_iterate_on_no_curvature_bound_is_needed(
     assert least(trajectory, 1, T + 1) <= curvature_free_bound(weight, L, T, gap)
 
 
+def test_the_curvature_free_bound_is_what_its_two_inequalities_give() -> None:
+    """||g|| <= (L + 2 lambda) ||d|| = 7 ||d|| and a fall of (lambda - L/2) ||d||^2 = 5/2 ||d||^2.
+
+    A gap of 10 pays for four such steps with ||d|| = 1 each, so that the least ||g||^2 is 49.
+    """
+    assert curvature_free_bound(3.0, 1.0, 4, 10.0) == pytest.approx(49.0, rel=1e-15)
+
+
 def test_the_curvature_free_bound_needs_more_than_l_over_2() -> None:
     with pytest.raises(ValueError, match=r"`weight` must exceed L / 2 = 0\.5, got 0\.5"):
         curvature_free_bound(0.5, 1.0, 1, 1.0)

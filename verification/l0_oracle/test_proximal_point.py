@@ -386,3 +386,25 @@ def test_closed_form_refuses_what_has_no_minimizer() -> None:
         closed_form_step(np.zeros(2), np.ones(3), np.eye(2), 1.0, 1.0)
     with pytest.raises(ValueError, match=r"`G` must have shape \(2, 2\), got \(3, 3\)"):
         closed_form_step(np.zeros(2), np.ones(2), np.eye(3), 1.0, 1.0)
+
+
+@pytest.mark.parametrize(("rise", "certified"), [(1e-9, True), (1e-8, False)])
+def test_a_rise_within_the_rounding_of_a_large_value_is_none(rise: float, certified: bool) -> None:
+    """8 n eps |value| = 3.6e-9 for two parameters and a value of 1e6."""
+    found = ProximalPoint(
+        u=np.zeros(2),
+        value=1e6,
+        rise=rise,
+        gradient_norm=0.0,
+        gradient_tolerance=1.0,
+        min_eigenvalue=1.0,
+        max_eigenvalue=1.0,
+        kind="minimum",
+    )
+    assert found.certified == certified
+
+
+def test_closed_form_refuses_what_is_singular_to_rounding() -> None:
+    """By the size of the smallest eigenvalue beside the largest, here 1e-16 beside 1."""
+    with pytest.raises(ValueError, match="must be positive definite, got smallest eigenvalue"):
+        closed_form_step(np.zeros(2), np.ones(2), np.diag([1.0, 1e-16]), 1.0, 0.0)
