@@ -250,3 +250,22 @@ def test_an_objective_that_diverges_on_the_way_is_measured_all_the_same() -> Non
     )
     assert math.isfinite(found.best)
     assert found.gap >= 0.0
+
+
+def test_a_search_that_ends_at_a_wall_has_not_converged() -> None:
+    """Q falls towards θ' = 0.4 and is infinite below: every trial of the search meets the wall."""
+    model = Quadratic([1.0])
+    with torch.no_grad():
+        model.theta.fill_(0.9)
+
+    def loss() -> Tensor:
+        square = 100.0 * model.theta.square().sum()
+        return torch.where(model.theta.sum() > 0.4, square, torch.inf)
+
+    rule = apo.rules.SGD(model, (0.5 - 1e-9) / 180.0)  # θ' = θ − η·180
+    optimizer = apo.APO(
+        model, rule, apo.ProximalObjective(), torch.optim.SGD(rule.parameters(), lr=0.1)
+    )
+    found = apo.amortization_gap(optimizer, [(loss, None)], objective=optimizer.objective)
+    assert found.gap == pytest.approx(0.0, abs=1e-6)
+    assert not found.converged
