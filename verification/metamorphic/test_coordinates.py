@@ -29,6 +29,7 @@ from verification.metamorphic.training import (
     setting,
 )
 from verification.profiles import share
+from verification.tolerances import recording
 
 SEEDS = st.integers(0, 2**16)
 FOLLOWS_ROTATIONS = [
@@ -112,7 +113,7 @@ def test_a_rotation_of_the_inputs_is_followed(rule: str, seed: int) -> None:
 @pytest.mark.parametrize("rule", ENTRY_BY_ENTRY)
 def test_what_acts_on_single_entries_follows_no_rotation(rule: str) -> None:
     start = setting(rule, 0)
-    with pytest.raises(AssertionError, match="error/tolerance"):
+    with recording(), pytest.raises(AssertionError, match="error/tolerance"):
         check_inputs(start, rotation(IN))
 
 
@@ -170,12 +171,12 @@ def test_steps_of_ekfac_follow_if_its_A_does(seed: int) -> None:
 def test_what_does_not_follow_a_map_that_is_no_rotation(rule: str) -> None:
     """Gradient descent, entries alone, a P that stays, and damping."""
     start = replace(setting(rule, 0), wsd_weight=0.0)
-    with pytest.raises(AssertionError, match="error/tolerance"):
+    with recording(), pytest.raises(AssertionError, match="error/tolerance"):
         check_inputs(start, stretch(), slopes=False)
 
 
 def test_the_wsd_does_not_follow() -> None:
     start = replace(setting("kfac per layer", 0), prepare=undamped, wsd_weight=0.1)
     T = stretch()
-    with pytest.raises(AssertionError, match="error/tolerance"):
+    with recording(), pytest.raises(AssertionError, match="error/tolerance"):
         check_inputs(start, T, solve=condition(mapped_inputs(start, T)))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import apo_core as apo
 from verification.metamorphic.training import RULES, Result, Setting, compare, run, setting
 from verification.profiles import share
+from verification.tolerances import recording
 
 C = 4.0  # a power of two, whose root is one: multiplying by it rounds nothing
 STRUCTURES = ["diagonal", "dense", "ekfac"]
@@ -104,7 +105,7 @@ def test_without_phi_it_counts(rule: str) -> None:
     """Where φ stays in the old unit, the steps are others: φ is no pure number, nor is λ."""
     start = setting(rule, 0)
     changed = run(scaled(start, lambda name: 0.0))
-    with pytest.raises(AssertionError, match="error/tolerance"):
+    with recording(), pytest.raises(AssertionError, match="error/tolerance"):
         compare(scaled_back(changed, lambda name: 0.0), run(start), start)
 
 
@@ -116,7 +117,7 @@ def test_the_unit_of_rmsprops_learning_rate_depends_on_rho() -> None:
         return POWERS["rmsprop"].get(name, 0.0)
 
     changed = scaled_back(run(scaled(start, power)), power)
-    with pytest.raises(AssertionError, match="error/tolerance"):
+    with recording(), pytest.raises(AssertionError, match="error/tolerance"):
         compare(changed, run(start), start)
 
 
