@@ -13,6 +13,7 @@ so that one all-reduce of |φ| + 3 numbers gives every rank the bit-equal meta-g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -76,8 +77,8 @@ def shards(model: nn.Module) -> int:
     mesh = _mesh(model)
     if mesh is None:
         return 1
-    split = [d for d, place in enumerate(_first(model).placements) if place.is_shard()]
-    return int(torch.tensor([mesh.size(d) for d in split]).prod())
+    places = enumerate(_first(model).placements)
+    return math.prod(mesh.size(d) for d, place in places if place.is_shard())
 
 
 def without_synchronization(model: nn.Module) -> AbstractContextManager[None]:

@@ -23,10 +23,8 @@ def norms_of(tensors: Sequence[Tensor]) -> Tensor:
 
 def first_not_finite(names: Sequence[str], tensors: Tensors) -> str | None:
     """The name of the first tensor whose norm is not finite, or None."""
-    for name, tensor in zip(names, tensors, strict=True):
-        if not bool(norms_of([tensor]).isfinite()):
-            return name
-    return None
+    finite = norms_of(tensors).isfinite().tolist()
+    return None if all(finite) else names[finite.index(False)]
 
 
 def masked(finite: Tensor, tensors: Tensors) -> Tensors:
