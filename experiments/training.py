@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ def train(
     *,
     steps: int,
     record_every: int,
+    meta_loss_batch: Literal["same", "fresh"] = "same",
+    discrepancy_batch: Literal["same", "fresh"] = "fresh",
     progress: Progress = lambda done, total, text: None,
 ) -> Outcome:
     """Take `steps` steps and record every `record_every` of them, and the last.
@@ -46,6 +49,10 @@ def train(
         problem: gives mini-batches, their loss and the evaluation.
         steps: how many to take, at least 1.
         record_every: steps from one point of the curves to the next.
+        meta_loss_batch: whether Q's loss term is on the mini-batch of the gradient, as in P22
+            eq. 12, or on another, as in eq. 13.
+        discrepancy_batch: whether Q's function space discrepancy is on a fresh mini-batch, as in
+            P22 eq. 12, or on that of the gradient, as in eq. 14.
         progress: called with (done, total, text) at every point of record.
 
     Returns:
@@ -92,7 +99,13 @@ def train(
             break
         if amortized is not None and amortized.meta_due:
             began_meta = perf_counter()
-            terms = _meta_step(amortized, problem, model, batch)
+            terms = _meta_step(
+                amortized,
+                problem,
+                model,
+                batch if meta_loss_batch == "same" else problem.batch("loss"),
+                batch if discrepancy_batch == "same" else problem.batch("discrepancy"),
+            )
             seconds["meta"] += perf_counter() - began_meta
         due = step % record_every == 0 or step == steps
         before = [p.detach().clone() for p in params] if due else []
@@ -128,10 +141,9 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def _meta_step(
-    amortized: apo.APO, problem: Problem, model: nn.Module, batch: Batch
+    amortized: apo.APO, problem: Problem, model: nn.Module, batch: Batch, other: Batch
 ) -> dict[str, float]:
-    """φ ← φ − α ∇Q(φ) on B and a fresh B'; the addends of Q and the norm of ∇Q for the curves."""
-    other = problem.batch("discrepancy")
+    """φ ← φ − α ∇Q(φ) on B and B'; the addends of Q and the norm of ∇Q for the curves."""
     with warnings.catch_warnings():
         # counted in the record as "skipped_meta_steps"
         warnings.filterwarnings("ignore", "a meta-step was skipped", RuntimeWarning)
