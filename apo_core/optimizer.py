@@ -76,8 +76,8 @@ class APO(torch.optim.Optimizer):
             learning rate 0.1 for learning rates and Adam with 1e-4 or 3e-5 for preconditioners;
             L-BFGS is handed a closure and solves to the optimum.
         interval: K ≥ 1; P22 uses 10.
-        update_scale: in (0, 1], multiplies the step that is taken (not the one looked ahead to);
-            P22 uses 0.9 for preconditioners.
+        update_scale: in (0, 2), multiplies the step that is taken (not the one looked ahead to).
+            P22 uses 0.9 for preconditioners; above 1 it over-relaxes: see `trust_region`.
         warmup: `Warmup(optimizer, steps)` or None.
 
     Attributes:
@@ -108,8 +108,8 @@ class APO(torch.optim.Optimizer):
         require_phi(rule, meta_optimizer)
         if not (isinstance(interval, int) and interval >= 1):
             raise ValueError(f"`interval` must be an integer of at least 1, got {interval!r}.")
-        if not 0 < update_scale <= 1:
-            raise ValueError(f"`update_scale` must lie in (0, 1], got {update_scale}.")
+        if not 0 < update_scale < 2:
+            raise ValueError(f"`update_scale` must lie in (0, 2), got {update_scale}.")
         if warmup is not None and warmup.steps < 0:
             raise ValueError(f"`warmup.steps` must be at least 0, got {warmup.steps}.")
         params: Tensors = list(self._named.values())

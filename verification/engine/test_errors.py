@@ -146,7 +146,7 @@ def build(**changes: Any) -> apo.APO:
     [
         ({"interval": 0}, ValueError, "`interval` must be an integer of at least 1, got 0"),
         ({"interval": 2.5}, ValueError, "`interval` must be an integer of at least 1, got 2.5"),
-        ({"update_scale": 1.5}, ValueError, r"`update_scale` must lie in \(0, 1\], got 1.5"),
+        ({"update_scale": 2.0}, ValueError, r"`update_scale` must lie in \(0, 2\), got 2.0"),
         ({"rule": nn.Linear(1, 1)}, TypeError, "`rule` must be a UpdateRule, got Linear"),
         ({"objective": "kl"}, TypeError, "`objective` must be a ProximalObjective, got str"),
         ({"meta_optimizer": None}, TypeError, "`meta_optimizer` must be a Optimizer, got NoneType"),

@@ -11,7 +11,7 @@ from reference import update_rules
 from verification import bridge
 from verification.l1_values.twins import RULES, engine, rule_twin
 from verification.strategies import MetaCase, ScaledNormal, meta_cases, rates, scaled_normals
-from verification.tolerances import BITWISE, ROUNDING, assert_close
+from verification.tolerances import BITWISE, PROPAGATED, ROUNDING, assert_close
 
 
 @pytest.mark.parametrize("name", [rule for rule in RULES if rule != "momentum-without-history"])
@@ -24,7 +24,7 @@ def test_one_step(name: str, case: MetaCase, recipe: ScaledNormal) -> None:
     assert_close(
         bridge.parameters_of(optimizer.model, case.problem.network),
         twin.lookahead(twin.phi),
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=float(np.linalg.norm(twin.e_lookahead)),
         what=f"θ' of {name}",
@@ -117,8 +117,8 @@ def test_every_structure_starts_as_sgd_of_rate_s_squared(
 
 
 @pytest.mark.parametrize("name", RULES)
-@given(case=meta_cases(), recipe=scaled_normals(), scale=st.floats(0.1, 1.0))
-def test_the_update_scale_shortens_the_step_and_not_the_lookahead(
+@given(case=meta_cases(), recipe=scaled_normals(), scale=st.floats(0.1, 1.9))
+def test_the_update_scale_scales_the_step_and_not_the_lookahead(
     name: str, case: MetaCase, recipe: ScaledNormal, scale: float
 ) -> None:
     """θ moves by update_scale · Δ; Q is looked at at θ + Δ, and so does not depend on it."""
