@@ -13,15 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.data import DataError
-from experiments.records import RecordError
+from experiments.parallel import cores
+from experiments.provenance import CHECKOUT
+from experiments.records import RecordError, read_records
 from experiments.registry import PRESETS, Experiment, experiments
 from experiments.report import found_records, write_report
 from experiments.report_text import print_sections
-from experiments.runner import run_experiment
+from experiments.runner import record_folder, run_experiment
 from experiments.watch import BarWatch, LineWatch, Watch
 
 # What runs where no name is given: needs no download, and some minutes on two cores.
 EMBEDDED_SUITE = ("digits", "p22-fig7", "p22-fig4-left")
+COMMITTED = CHECKOUT / "experiments" / "results"  # the records that tell how long each takes
 INTERRUPTED = 130  # what a shell expects after Ctrl-C
 
 
@@ -62,7 +65,17 @@ def _parser(catalogue: Mapping[str, Experiment]) -> argparse.ArgumentParser:
         "--preset", choices=PRESETS, default="default", help="scale (default: %(default)s)"
     )
     run.add_argument(
-        "--seeds", type=_positive, metavar="N", help="how many seeds (default: the preset's)"
+        "--seeds",
+        type=_positive("--seeds", "for the preset's own number."),
+        metavar="N",
+        help="how many seeds (default: the preset's)",
+    )
+    run.add_argument(
+        "--jobs",
+        type=_positive("--jobs", "for as many as there are cores."),
+        metavar="N",
+        help="how many trials at a time, each with one thread where there are several (default: "
+        "the number of cores; 1 on another device than the CPU)",
     )
     run.add_argument(
         "--device", type=_device, default="cpu", help="torch device (default: %(default)s)"
@@ -80,7 +93,7 @@ def _list(
     options: argparse.Namespace, catalogue: Mapping[str, Experiment], console: Console
 ) -> int:
     del options
-    table = Table("name", "what", "source", "data", "claims", title="Experiments")
+    table = Table("name", "what", "source", "data", "claims", "one core", title="Experiments")
     for name, one in catalogue.items():
         data = ", ".join(one.datasets) or "synthetic"
         table.add_row(
@@ -89,9 +102,18 @@ def _list(
             one.source,
             data if one.embedded else f"{data} (downloaded)",
             ", ".join(one.claims),
+            _minutes(name),
         )
     console.print(table)
+    console.print('"one core": the time of all trials of the preset `default` on one core.')
     return 0
+
+
+def _minutes(name: str) -> str:
+    """The time of the committed records, "–" where there are none."""
+    records = read_records(record_folder(COMMITTED, "default", name)).values()
+    minutes = round(sum(record.seconds for record in records) / 60)
+    return f"{max(minutes, 1)} min" if records else "–"
 
 
 def _run(options: argparse.Namespace, catalogue: Mapping[str, Experiment], console: Console) -> int:
@@ -112,6 +134,7 @@ def _run(options: argparse.Namespace, catalogue: Mapping[str, Experiment], conso
                     watch,
                     seeds=options.seeds,
                     device=options.device,
+                    jobs=options.jobs or (cores() if options.device == "cpu" else 1),
                 )
             except DataError as error:
                 failures.append(f"{name} did not run: {error}")
@@ -169,13 +192,16 @@ def _name_in(catalogue: Mapping[str, Experiment]):
     return name
 
 
-def _positive(text: str) -> int:
-    if text.isascii() and text.isdigit() and int(text) > 0:
-        return int(text)
-    raise argparse.ArgumentTypeError(
-        f"`--seeds` must be a whole number of at least 1, got {text!r}; leave it out for the "
-        "preset's own number."
-    )
+def _positive(option: str, otherwise: str):
+    def positive(text: str) -> int:
+        if text.isascii() and text.isdigit() and int(text) > 0:
+            return int(text)
+        raise argparse.ArgumentTypeError(
+            f"`{option}` must be a whole number of at least 1, got {text!r}; leave it out "
+            f"{otherwise}"
+        )
+
+    return positive
 
 
 def _device(text: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from statistics import median
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.intervals import ratio_interval, summary
@@ -18,14 +21,82 @@ def comparison_row(method: Method, records: Sequence[Record], paper: str) -> Row
     """The final training loss of the method's chosen recipe over the reporting seeds."""
     best = chosen(method, records)
     runs, grid = runs_of(best, records), tried(method, records)
-    notes = [f"best of {len(grid.grid)}: {best.text()}", at_edge(grid, best)]
+    track = "self-tuning, " if method.track == "self-tuning" else ""
+    notes = [f"{track}best of {len(grid.grid)}: {best.text()}", at_edge(grid, best)]
     return Row(
         label=method.label,
         ours=summary([run.metric("loss") for run in runs]) if runs else "–",
         paper=paper,
         n=len(runs),
         note="; ".join(note for note in notes if note),
+        costs=costs(runs),
     )
+
+
+def costs(runs: Sequence[Record]) -> dict[str, str]:
+    """What a run takes: seconds of steps and meta-steps, passes, MiB at the peak.
+
+    Medians over the runs that measured it; a unit that none did is left out.
+    """
+    ran = [run.outcome.metrics for run in runs if not run.error]
+    timed = [one for one in ran if "training_seconds" in one]
+    measured = {
+        "seconds": [one["training_seconds"] + one["meta_seconds"] for one in timed],
+        "passes": [one["passes"] for one in ran if "passes" in one],
+        "MiB": [one["peak_bytes"] / 2**20 for one in ran if "peak_bytes" in one],
+    }
+    return {unit: f"{median(values):.3g}" for unit, values in measured.items() if values}
+
+
+def time_to_target(run: Record, target: float, axis: str = "seconds") -> float:
+    """Where the run's training loss first is at most `target`, on that axis; infinite if never.
+
+    Args:
+        run: with curves "loss" and `axis`.
+        target: a loss.
+        axis: "seconds", "passes" or "step".
+    """
+    pairs = zip(run.curve(axis), run.curve("loss"), strict=True)
+    return next((where for where, loss in pairs if loss <= target), math.inf)
+
+
+def draw_time_to_target(
+    axes: Axes,
+    methods: Sequence[Method],
+    records: Sequence[Record],
+    axis: str = "seconds",
+    targets: int = 40,
+) -> None:
+    """Median time at which each method's chosen recipe first has a training loss, over that loss.
+
+    The losses lie evenly in the logarithm between the highest and the lowest of all runs; a line
+    ends where the median run gets no further. Runs whose record has no such axis are left out.
+    """
+    chosen_runs = {
+        method.label: [
+            run for run in runs_of(chosen(method, records), records) if axis in run.outcome.curves
+        ]
+        for method in methods
+    }
+    losses = [
+        loss
+        for runs in chosen_runs.values()
+        for run in runs
+        for loss in run.curve("loss")
+        if 0 < loss < math.inf
+    ]
+    if not losses:
+        return
+    levels = np.geomspace(max(losses), min(losses), targets)
+    for label, runs in chosen_runs.items():
+        if runs:
+            times = [median(time_to_target(run, level, axis) for run in runs) for level in levels]
+            axes.plot(
+                levels, [time if time < math.inf else math.nan for time in times], label=label
+            )
+    axes.set(xlabel="training loss", ylabel=f"{axis} until it is reached", xscale="log")
+    axes.invert_xaxis()
+    legend_below(axes)
 
 
 def draw_comparison(

@@ -67,6 +67,7 @@ class Overhead(Experiment):
     title = "What a training step costs, beside torch's optimizers"
     source = "P22 section 4.5 and Figure 28 (c); the networks are ours"
     claims = ("p22-cost",)
+    timed = True
     scales = MappingProxyType(
         {
             "smoke": "an MLP 32-24-24-10 and a LeNet, batch 8, 2 rounds: no measurement",

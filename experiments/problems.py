@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Literal, TypeAlias, final
 
 import torch
@@ -14,7 +16,9 @@ from experiments.seeds import generator
 
 Batch: TypeAlias = tuple[Tensor, ...]
 Stream = Literal["loss", "discrepancy", "curvature"]
-LossName = Literal["squared_error", "cross_entropy"]
+LossName = Literal["squared_error", "cross_entropy", "bernoulli"]
+
+EVALUATED_AT_ONCE = 2_000  # examples in one forward pass: convolutions are slow beyond the cache
 
 
 class Problem(ABC):
@@ -22,7 +26,8 @@ class Problem(ABC):
 
     Attributes:
         loss_name: which discrepancy and which Fisher go with the loss: "squared_error" is
-            ½‖z − t‖² (summed over outputs), "cross_entropy" −log softmax(z)[label]; both are
+            ½‖z − t‖², "cross_entropy" −log softmax(z)[label], and "bernoulli" the binary
+            cross-entropy −Σ t log σ(z) + (1 − t) log σ(−z) of logits; sums over the outputs,
             averaged over examples.
     """
 
@@ -50,12 +55,12 @@ class Supervised(Problem):
     """A finite training set in shuffled mini-batches, judged on all of it and on a test set.
 
     `evaluate` returns "loss", the mean training loss, and "test", the fraction of test examples
-    that are misclassified ("cross_entropy") or the mean test loss ("squared_error").
+    that are misclassified ("cross_entropy") or the mean test loss (of the others).
 
     Args:
-        train: inputs (n, d) and targets: labels (n,) or values (n, outputs).
+        train: inputs (n, ...) and targets: labels (n,) or values (n, outputs).
         test: the same of the test set, never used for choosing.
-        loss_name: "cross_entropy" or "squared_error".
+        loss_name: "cross_entropy", "squared_error" or "bernoulli".
         batch_size: |B| and |B'|; the last mini-batch of an epoch may be smaller.
         seed: of the order of the examples, one permutation an epoch, each stream its own.
         curvature_size: how many examples a curvature estimate gets.
@@ -105,22 +110,81 @@ class Supervised(Problem):
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """The mean training loss, and the error on the test set."""
         model.eval()
-        inputs, targets = self.test
-        outputs = model(inputs)
-        if self.loss_name == "cross_entropy":
-            test = (outputs.argmax(dim=1) != targets).double().mean()
-        else:
-            test = mean_loss(self.loss_name, outputs, targets)
-        loss = self.loss(model, self.train)
+        judge = _error if self.loss_name == "cross_entropy" else partial(mean_loss, self.loss_name)
+        found = {
+            "loss": _mean(model, self.train, partial(mean_loss, self.loss_name)),
+            "test": _mean(model, self.test, judge),
+        }
         model.train()
-        return {"loss": loss.item(), "test": test.item()}
+        return found
+
+
+@final
+class Regularized(Problem):
+    """J(θ) + λ/2 ‖θ‖² with the J of another problem: weight decay as a part of the loss.
+
+    Every optimizer sees it alike, in its gradients and in Q's loss term. "loss" includes it.
+
+    Args:
+        problem: whose loss is J.
+        weight_decay: λ ≥ 0.
+    """
+
+    def __init__(self, problem: Problem, weight_decay: float) -> None:
+        if weight_decay < 0:
+            raise ValueError(
+                f"`weight_decay` must be non-negative, got {weight_decay}; 0 leaves it out."
+            )
+        self.problem, self.weight_decay = problem, weight_decay
+        self.loss_name = problem.loss_name
+
+    def batch(self, stream: Stream) -> Batch:
+        """The next mini-batch of the other problem."""
+        return self.problem.batch(stream)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """J_B(θ) + λ/2 ‖θ‖²."""
+        return self.problem.loss(model, batch) + self._penalty(model)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The network's outputs."""
+        return self.problem.outputs(model, batch)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """What the other problem returns, with λ/2 ‖θ‖² in "loss"."""
+        values = self.problem.evaluate(model)
+        return {**values, "loss": values["loss"] + self._penalty(model).item()}
+
+    def _penalty(self, model: nn.Module) -> Tensor:
+        squares = [p.square().sum() for p in model.parameters() if p.requires_grad]
+        return 0.5 * self.weight_decay * torch.stack(squares).sum()
 
 
 def mean_loss(name: LossName, outputs: Tensor, targets: Tensor) -> Tensor:
-    """½‖z − t‖² or −log softmax(z)[label], summed over outputs, averaged over examples."""
+    """The loss of that name, see `Problem`: summed over outputs, averaged over examples, 0-d."""
     if name == "cross_entropy":
         return F.cross_entropy(outputs, targets)
+    if name == "bernoulli":
+        total = F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum")
+        return total / len(outputs)
     return 0.5 * (outputs - targets).square().sum(dim=1).mean()
+
+
+def _error(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The fraction of examples whose largest output is not the label's, 0-d."""
+    return (outputs.argmax(dim=1) != labels).double().mean()
+
+
+def _mean(
+    model: nn.Module, data: tuple[Tensor, ...], judge: Callable[[Tensor, Tensor], Tensor]
+) -> float:
+    """The mean of a judgement over all examples, some at a time."""
+    chunks = zip(*(t.split(EVALUATED_AT_ONCE) for t in data), strict=True)
+    return math.fsum(
+        len(inputs) / len(data[0]) * judge(model(inputs), targets).item()
+        for inputs, targets in chunks
+    )
 
 
 def _epochs(examples: int, size: int, source: torch.Generator) -> Iterator[Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 
 import apo_core
+from experiments.parallel import cores
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # The libraries whose code a trial may run through; absent ones are left out.
@@ -35,10 +35,13 @@ class Provenance:
     hardware: str
 
 
-def provenance(device: str = "cpu", checkout: Path = CHECKOUT) -> Provenance:
-    """The provenance of what runs in this process on that torch device."""
+def provenance(
+    device: str = "cpu", checkout: Path = CHECKOUT, *, threads: int | None = None
+) -> Provenance:
+    """The provenance of what runs on that torch device, with so many threads, or this process's."""
     commit, dirty = _commit(checkout)
-    return Provenance(commit, dirty, _versions(), _hardware(torch.device(device)))
+    hardware = _hardware(torch.device(device), threads or torch.get_num_threads())
+    return Provenance(commit, dirty, _versions(), hardware)
 
 
 def _commit(checkout: Path) -> tuple[str, bool | None]:
@@ -80,13 +83,10 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _hardware(device: torch.device) -> str:
+def _hardware(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    # The cores this process may use, which a container or a batch system may have narrowed.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    return f"{_counted(cores or 1, 'CPU core')}, {_counted(threads, 'thread')}"
+    return f"{_counted(cores(), 'CPU core')}, {_counted(threads, 'thread')}"
 
 
 def _counted(number: int, noun: str) -> str:

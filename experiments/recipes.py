@@ -1,6 +1,7 @@
 """Optimizers as data: a recipe names the hyperparameters, and builds the optimizer for a model.
 
-A grid is a list of recipes; a record holds `options()`, from which `recipe` brings it back.
+A grid is a list of recipes; a record holds `options()`, from which `recipe` brings it back. The
+optimizers of P18 stand in `experiments.apo_recipes`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ from experiments import baselines
 from experiments.problems import Problem
 
 JSON = str | int | float | bool | None
+
+# What the curves call a hyperparameter, and what a rule calls its logarithm.
+LOGARITHMS = {
+    "learning_rate": "log_lr",
+    "rho": "log_rho",
+    "eps": "log_eps",
+    "damping": "log_damping",
+}
+# The discrepancy whose metric is the Fisher of the loss.
+DISCREPANCIES = {
+    "cross_entropy": "kl",
+    "bernoulli": "bernoulli_kl",
+    "squared_error": "squared_error",
+}
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,27 @@ def recipe(options: Mapping[str, Any]) -> Recipe:
     return kind(**{f.name: options[f.name] for f in fields(kind) if f.name in options})
 
 
+def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """The hyperparameters that APO learns, or the learning rate that was given.
+
+    Returns:
+        "learning_rate", "rho", "eps" and "damping", as far as φ has their logarithms and learns
+        them; "learning_rate/0" for layer "0" where each layer has its own. Of a `torch.optim`
+        optimizer the group's "learning_rate".
+    """
+    if not isinstance(optimizer, apo.APO):
+        return {"learning_rate": float(optimizer.param_groups[0]["lr"])}
+    layers = getattr(optimizer.rule, "layers", ())
+    found = {}
+    for name, logarithm in LOGARITHMS.items():
+        phi = getattr(optimizer.rule, logarithm, None)
+        if isinstance(phi, nn.Parameter) and phi.requires_grad:
+            values = phi.detach().double().exp().reshape(-1).tolist()
+            names = [f"{name}/{layer}" for layer in layers] or [name]
+            found |= dict(zip(names, values, strict=True))
+    return found
+
+
 @final
 @dataclass(frozen=True)
 class SGD(Recipe):
@@ -69,6 +105,40 @@ class SGD(Recipe):
     def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
         """torch.optim.SGD."""
         return torch.optim.SGD(model.parameters(), lr=self.lr, momentum=self.momentum)
+
+    def text(self) -> str:
+        """η."""
+        return f"η = {self.lr:.4g}"
+
+
+@final
+@dataclass(frozen=True)
+class Nesterov(Recipe):
+    """θ ← θ − η (g + μv), v ← μv + g: the SGDm of P18 (eq. 18 and eq. 19)."""
+
+    lr: float
+    momentum: float = 0.9
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """torch.optim.SGD with Nesterov's momentum."""
+        params = model.parameters()
+        return torch.optim.SGD(params, lr=self.lr, momentum=self.momentum, nesterov=True)
+
+    def text(self) -> str:
+        """η."""
+        return f"η = {self.lr:.4g}"
+
+
+@final
+@dataclass(frozen=True)
+class RMSprop(Recipe):
+    """RMSprop with torch's γ = 0.99 and ε = 1e-8."""
+
+    lr: float
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """torch.optim.RMSprop."""
+        return torch.optim.RMSprop(model.parameters(), lr=self.lr)
 
     def text(self) -> str:
         """η."""
@@ -159,14 +229,14 @@ class APOLearningRate(Recipe):
         return apo.APO(
             model,
             rule,
-            objective=_objective(problem, self.fsd_weight, self.wsd_weight),
+            objective=proximal_objective(problem, self.fsd_weight, self.wsd_weight),
             meta_optimizer=torch.optim.RMSprop(rule.parameters(), lr=self.meta_lr),
             interval=self.interval,
         )
 
     def text(self) -> str:
         """The initial η and the weights λ."""
-        return f"η₀ = {self.lr:.4g}{_weights(self.fsd_weight, self.wsd_weight)}"
+        return f"η₀ = {self.lr:.4g}{weights_text(self.fsd_weight, self.wsd_weight)}"
 
 
 @final
@@ -200,7 +270,7 @@ class APOPrecond(Recipe):
         return apo.APO(
             model,
             rule,
-            objective=_objective(problem, self.fsd_weight, self.wsd_weight),
+            objective=proximal_objective(problem, self.fsd_weight, self.wsd_weight),
             meta_optimizer=torch.optim.Adam(rule.parameters(), lr=self.meta_lr),
             interval=self.interval,
             update_scale=self.update_scale,
@@ -209,18 +279,26 @@ class APOPrecond(Recipe):
 
     def text(self) -> str:
         """The initial P, the meta-optimizer's α and the weights λ."""
-        weights = _weights(self.fsd_weight, self.wsd_weight)
+        weights = weights_text(self.fsd_weight, self.wsd_weight)
         return f"P₀ = {self.initial_lr:.4g} I, α = {self.meta_lr:.4g}{weights}"
 
 
-def _weights(fsd_weight: float, wsd_weight: float) -> str:
-    """Those that are not 0, after a comma."""
+def weights_text(fsd_weight: float, wsd_weight: float = 0.0) -> str:
+    """λ_FSD and λ_WSD, those that are not 0, after a comma."""
     fsd = f", λ_FSD = {fsd_weight:.4g}" if fsd_weight else ""
     return fsd + (f", λ_WSD = {wsd_weight:.4g}" if wsd_weight else "")
 
 
-def _objective(problem: Problem, fsd_weight: float, wsd_weight: float) -> apo.ProximalObjective:
-    discrepancy = "kl" if problem.loss_name == "cross_entropy" else "squared_error"
+def proximal_objective(
+    problem: Problem,
+    fsd_weight: float,
+    wsd_weight: float = 0.0,
+    trust_factor: float | None = None,
+) -> apo.ProximalObjective:
+    """Q with the KL divergence of what the loss models, or ½‖z − z₀‖² with the squared error."""
     return apo.ProximalObjective(
-        discrepancy=discrepancy, fsd_weight=fsd_weight, wsd_weight=wsd_weight
+        discrepancy=DISCREPANCIES[problem.loss_name],
+        fsd_weight=fsd_weight,
+        wsd_weight=wsd_weight,
+        trust_factor=trust_factor,
     )

@@ -14,7 +14,8 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, get_args
 
 from experiments.data import Dataset, load
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "AT_EDGE",
     "PRESETS",
     "Context",
     "Experiment",
@@ -38,9 +40,18 @@ __all__ = [
 
 Preset = Literal["smoke", "default", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)
+AT_EDGE = "at the grid's edge"
+"""What a row's note says of a choice at an edge of its grid; the report fails where no reason is
+declared for it."""
 
 # Each registers its experiments when it is imported; `experiments.paper` imports its own files.
-MODULES = ("experiments.digits", "experiments.overhead", "experiments.paper")
+MODULES = (
+    "experiments.digits",
+    "experiments.limits",
+    "experiments.gap",
+    "experiments.overhead",
+    "experiments.paper",
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class Row:
         paper: The paper's figure as text, "–" where it gives none.
         n: How many runs stand behind `ours`.
         note: What else the reader must know, such as "1 of 5 diverged".
+        costs: What a run took, by the unit, such as {"seconds": "12", "passes": "1.2e+04"}; each
+            unit is a column of the report.
     """
 
     label: str
@@ -81,6 +94,7 @@ class Row:
     paper: str
     n: int
     note: str = ""
+    costs: Mapping[str, str] = field(default_factory=dict)
 
 
 class Experiment(ABC):
@@ -94,6 +108,9 @@ class Experiment(ABC):
         embedded: Whether it needs no download.
         datasets: Names of the data sets that it loads, made sure of before the first trial.
         scales: What each preset does, such as {"default": "2,000 steps, 5 seeds", …}.
+        timed: Whether its trials measure time, so that none may run beside another.
+        edges: Why the best of a grid may lie at its edge, by preset and the row's label, such as
+            {("paper", "SGDm"): "the grid is the paper's"}.
     """
 
     name: str
@@ -103,6 +120,8 @@ class Experiment(ABC):
     embedded: bool = True
     datasets: tuple[str, ...] = ()
     scales: Mapping[Preset, str]
+    timed: bool = False
+    edges: Mapping[tuple[Preset, str], str] = MappingProxyType({})
 
     @abstractmethod
     def plan(self, preset: Preset, seeds: int | None, records: Sequence[Record]) -> list[Trial]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from experiments.records import Record, RecordError, read_records, write_whole
-from experiments.registry import PRESETS, Experiment, Preset, Row
+from experiments.registry import AT_EDGE, PRESETS, Experiment, Preset, Row
 from experiments.report_html import page
 from experiments.report_style import png, report_style
 from experiments.report_text import Section, markdown
@@ -28,7 +28,8 @@ class Report:
     Attributes:
         page: The self-contained HTML page.
         sections: One an experiment and preset.
-        failures: One sentence each on what could not be shown.
+        failures: One sentence each on what could not be shown, and on what was chosen at an edge of
+            its grid without a declared reason.
     """
 
     page: Path
@@ -96,6 +97,10 @@ def _section(experiment: Experiment, preset: Preset, records: Sequence[Record]) 
     rows: list[Row] = attempt("table", lambda: experiment.table(records), [])
     verdict: str = attempt("verdict", lambda: experiment.verdict(records), "")
     figure: bytes = attempt("figure", lambda: _drawn(experiment, records), b"")
+    problems += _at_edge(experiment, preset, rows)
+    reasons = [
+        f"{label}: {reason}" for (at, label), reason in experiment.edges.items() if at == preset
+    ]
     return Section(
         experiment=experiment.name,
         preset=preset,
@@ -107,10 +112,26 @@ def _section(experiment: Experiment, preset: Preset, records: Sequence[Record]) 
         facts={
             "Scale": f"{preset}: {experiment.scales[preset]}",
             "Claims": ", ".join(experiment.claims) or "none",
+            **({"Edges of grids": "; ".join(reasons)} if reasons else {}),
             **facts(records),
         },
         problems=problems,
     )
+
+
+def _at_edge(experiment: Experiment, preset: Preset, rows: Sequence[Row]) -> list[str]:
+    """The rows whose best value lies at an edge of its grid for no declared reason.
+
+    Beyond the edge there may be a better one, and so the row compares nothing. The preset `smoke`
+    measures nothing in any case, and its grids are thin.
+    """
+    return [
+        f"the best of {row.label!r} lies at an edge ({note}); widen the grid, or declare the "
+        f"reason in the `edges` of {experiment.name}"
+        for row in rows
+        for note in row.note.split("; ")
+        if AT_EDGE in note and preset != "smoke" and (preset, row.label) not in experiment.edges
+    ]
 
 
 def _bare(name: str, preset: str, records: Sequence[Record], problems: list[str]) -> Section:

@@ -6,7 +6,7 @@ from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
 
-from experiments.report_text import COLUMNS, Section, cells
+from experiments.report_text import Section, cells, columns
 
 STYLE = """
 body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; background: #fff;
@@ -58,15 +58,16 @@ def _section(section: Section) -> str:
         parts.append(f"<p>{escape(section.source)}</p>")
     if section.verdict:
         parts.append(f'<p class="verdict">{escape(section.verdict)}</p>')
-    parts += [f'<p class="problem">Not shown: {escape(one)}.</p>' for one in section.problems]
+    parts += [f'<p class="problem">Problem: {escape(one)}.</p>' for one in section.problems]
     if section.figure:
         data = b64encode(section.figure).decode()
         described = escape(f"Figure of {section.experiment}: {section.title}", quote=True)
         parts.append(f'<img alt="{described}" src="data:image/png;base64,{data}">')
     if section.rows:
-        head = "".join(f'<th scope="col">{name}</th>' for name in COLUMNS)
+        heads = columns(section.rows)
+        head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
         rows = "".join(
-            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>"
+            f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row, heads))}</tr>"
             for row in section.rows
         )
         parts.append(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from experiments.registry import Row
 
-COLUMNS = ("method", "ours", "paper", "n", "note")
+TEXTS = ("method", "ours", "paper", "note")  # the columns that hold no single number
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Section:
         verdict: One sentence computed from the records.
         figure: The content of a PNG file, empty where it could not be drawn.
         facts: What stands below the table, by heading.
-        problems: What could not be made from the records, and why.
+        problems: What is wrong with the section, such as what could not be made of the records.
     """
 
     experiment: str
@@ -45,9 +45,23 @@ class Section:
         return f"figures/{self.preset}-{self.experiment}.png"
 
 
-def cells(row: Row) -> tuple[str, str, str, str, str]:
-    """The row as text, in the order of `COLUMNS`."""
-    return row.label, row.ours, row.paper, str(row.n), row.note
+def columns(rows: Sequence[Row]) -> list[str]:
+    """The table's heads: what every row has, and the costs that any of them has."""
+    units = dict.fromkeys(unit for row in rows for unit in row.costs)
+    return ["method", "ours", "paper", "n", *units, "note"]
+
+
+def cells(row: Row, heads: Sequence[str]) -> list[str]:
+    """The row as text, in the order of the heads; "–" for a cost that it has not."""
+    known = {
+        **row.costs,
+        "method": row.label,
+        "ours": row.ours,
+        "paper": row.paper,
+        "n": str(row.n),
+        "note": row.note,
+    }
+    return [known.get(head, "–") for head in heads]
 
 
 def markdown(sections: Sequence[Section]) -> str:
@@ -58,13 +72,14 @@ def markdown(sections: Sequence[Section]) -> str:
         if section.source:
             lines += [section.source, ""]
         lines += [f"**{_escaped(section.verdict)}**", ""] if section.verdict else []
-        lines += [f"Not shown: {problem}." for problem in section.problems]
+        lines += [f"Problem: {_escaped(problem)}." for problem in section.problems]
         lines += [""] if section.problems else []
         if section.figure:
             lines += [f"![{section.experiment}]({section.figure_path})", ""]
         if section.rows:
-            lines += [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
-            lines += [_line([_escaped(cell) for cell in cells(row)]) for row in section.rows]
+            heads = columns(section.rows)
+            lines += [_line(heads), _line(["---"] * len(heads))]
+            lines += [_line([_escaped(cell) for cell in cells(row, heads)]) for row in section.rows]
             lines += [""]
         lines += [f"- {name}: {_escaped(fact)}" for name, fact in section.facts.items()]
         lines += [""]
@@ -75,10 +90,11 @@ def print_sections(sections: Sequence[Section], console: Console) -> None:
     """Print each section's table and verdict."""
     for section in sections:
         table = Table(title=f"{section.experiment} ({section.preset}): {section.title}")
-        for column in COLUMNS:
-            table.add_column(column, justify="right" if column == "n" else "left")
+        heads = columns(section.rows)
+        for head in heads:
+            table.add_column(head, justify="left" if head in TEXTS else "right")
         for row in section.rows:
-            table.add_row(*(cell.replace("[", r"\[") for cell in cells(row)))
+            table.add_row(*(cell.replace("[", r"\[") for cell in cells(row, heads)))
         console.print()
         console.print(table)
         console.print(section.verdict, markup=False, highlight=False)

@@ -7,12 +7,19 @@ started again, and ends with the same records as one that was not.
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from typing import final
 
+from experiments.data import ensure
+from experiments.parallel import LostError, Report, in_processes
 from experiments.provenance import Provenance, provenance
 from experiments.records import Outcome, Record, Trial, read_records, write_record
 from experiments.registry import Context, Experiment, Preset
@@ -49,11 +56,22 @@ def run_experiment(
     *,
     seeds: int | None = None,
     device: str = "cpu",
+    jobs: int = 1,
 ) -> Tally:
     """Run every trial of the plan that has no record with equal options yet.
 
     A trial that an exception ends is recorded as failed and the others run on; the next run tries
     it again. Interruption by Ctrl-C is passed on, with the records so far in place.
+
+    Args:
+        experiment: What plans the trials and runs them.
+        preset: The scale.
+        out: Where records go, see `record_folder`.
+        watch: What a person sees.
+        seeds: How many, where not the preset's.
+        device: A torch device string.
+        jobs: How many trials run at a time. With more than one, each has a process and one thread
+            of its own; an experiment whose trials measure time runs one at a time in any case.
 
     Raises:
         DataError: A data set that the experiment names cannot be had; nothing has run.
@@ -62,10 +80,10 @@ def run_experiment(
     """
     folder = record_folder(out, preset, experiment.name)
     earlier = read_records(folder)
-    context = Context(device=device, report=watch.progress)
     for name in experiment.datasets:
-        context.load(name)
-    source = provenance(device)
+        ensure(name)
+    alone = jobs == 1 or experiment.timed
+    task = Task(experiment, preset, device, provenance(device, threads=None if alone else 1))
     settled: dict[str, Record] = {}
     tally = Tally()
     watch.begin(experiment.name)
@@ -76,16 +94,21 @@ def run_experiment(
             if trial.name not in settled
         ]:
             watch.plan(len(due))
+            round_: dict[str, Record] = {}
             for trial in due:
                 record = _reusable(earlier.get(trial.name), trial, watch)
-                kept = record is not None
-                if record is None:
-                    watch.trial(trial.name)
-                    record = _attempt(experiment, preset, trial, context, source)
-                    write_record(folder / f"{trial.name}.json", record)
-                settled[trial.name] = record
-                tally.kept += [trial.name] if kept else []
-                watch.settled(record, kept=kept)
+                if record is not None:
+                    round_[trial.name] = record
+                    watch.settled(record, kept=True)
+            tally.kept += list(round_)
+            fresh = [trial for trial in due if trial.name not in round_]
+            with closing(_attempts(task, fresh, 1 if alone else jobs, watch)) as attempts:
+                for record in attempts:
+                    write_record(folder / f"{record.trial.name}.json", record)
+                    round_[record.trial.name] = record
+                    watch.settled(record, kept=False)
+            # in the order of the plan, whichever ended first
+            settled |= {trial.name: round_[trial.name] for trial in due}
     finally:
         watch.end()
     tally.planned = list(settled)
@@ -136,23 +159,68 @@ def _difference(old: Trial, new: Trial) -> str:
     return ", ".join(f"{name} {before.get(name)!r}, now {now.get(name)!r}" for name in changed)
 
 
-def _attempt(
-    experiment: Experiment, preset: Preset, trial: Trial, context: Context, source: Provenance
-) -> Record:
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    clock = time.perf_counter()
-    outcome, error = Outcome({}), ""
-    try:
-        outcome = experiment.run(trial, context)
-    except Exception as raised:  # whatever a trial raises is its result, and the others run on
-        error = "".join(traceback.format_exception_only(raised)).strip()
-    return Record(
-        experiment=experiment.name,
-        preset=preset,
-        trial=trial,
-        outcome=outcome,
-        provenance=source,
+@final
+@dataclass(frozen=True)
+class Task:
+    """What all trials of a run share; it goes to other processes, and so is picklable."""
+
+    experiment: Experiment
+    preset: Preset
+    device: str
+    source: Provenance
+
+    def attempt(self, trial: Trial, report: Report) -> Record:
+        """Run the trial; what it raises becomes the record's error."""
+        context = Context(device=self.device, report=report)
+        started, clock = _now(), time.perf_counter()
+        outcome, error = Outcome({}), ""
+        try:
+            outcome = self.experiment.run(trial, context)
+        except Exception as raised:  # whatever a trial raises is its result, and the others run on
+            error = "".join(traceback.format_exception_only(raised)).strip()
+        return self.record(trial, outcome, error, started, time.perf_counter() - clock)
+
+    def record(
+        self, trial: Trial, outcome: Outcome, error: str, started: str, seconds: float
+    ) -> Record:
+        """The record of a trial of this run."""
+        name = self.experiment.name
+        return Record(name, self.preset, trial, outcome, self.source, started, seconds, error)
+
+
+def _attempts(
+    task: Task, trials: Sequence[Trial], jobs: int, watch: Watch
+) -> Generator[Record, None, None]:
+    """The record of every trial as it ends: here one after another, or `jobs` at a time."""
+    if jobs == 1:
+        for trial in trials:
+            watch.trial(trial.name)
+            yield task.attempt(trial, partial(watch.progress, trial.name))
+        return
+    began: dict[str, tuple[str, float]] = {}
+
+    def started(trial: Trial) -> None:
+        began[trial.name] = _now(), time.perf_counter()
+        watch.trial(trial.name)
+
+    # torch imports its compiler, for seconds, with the first optimizer that a process makes
+    compiler = ["torch._dynamo"] if "experiments.training" in sys.modules else []
+    results = in_processes(
+        task.attempt,
+        trials,
+        jobs,
+        preload=[type(task.experiment).__module__, *compiler],
         started=started,
-        seconds=time.perf_counter() - clock,
-        error=error,
+        progress=lambda trial, *done: watch.progress(trial.name, *done),
     )
+    with closing(results):
+        for trial, record in results:
+            if isinstance(record, LostError):
+                at, clock = began[trial.name]
+                seconds = time.perf_counter() - clock
+                record = task.record(trial, Outcome({}), f"LostError: {record}", at, seconds)
+            yield record
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

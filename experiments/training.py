@@ -10,21 +10,28 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 import apo_core as apo
 from experiments.problems import Batch, Problem
+from experiments.recipes import hyperparameters
 from experiments.records import Outcome
 
 Progress = Callable[[int, int, str], None]
 
 TERMS = ("q_loss", "q_fsd", "q_wsd", "meta_gradient")
+
+# Passes of one mini-batch through the network; a backward pass counts as two forward ones.
+STEP_PASSES = 3.0
+LOSS_PASSES = 3.0  # of a meta-step, at θ'
+DISCREPANCY_PASSES = 4.0  # the outputs at θ, and at θ' with their backward pass
 
 
 def train(
@@ -57,28 +64,36 @@ def train(
 
     Returns:
         curves: "step", from 0; what `problem.evaluate` returns, from before the first step to after
-            the last; "step_ratio" = ‖Δθ‖/‖g‖, the effective learning rate of the last step;
-            "learning_rate" where the optimizer has one; and of an APO the last meta-step's
-            "q_loss", "q_fsd", "q_wsd" (the addends of Q, weights included) and "meta_gradient"
-            (its norm). NaN stands where there is no value yet.
+            the last; "seconds" of steps and meta-steps so far, and "passes", the same in passes of
+            a mini-batch through the network: 3 a step, 7 a meta-step (3 without discrepancy), what
+            an optimizer draws by itself (KFAC's factors) left out; "step_ratio" = ‖Δθ‖/‖g‖, the
+            effective learning rate of the last step; what `hyperparameters` finds, such as
+            "learning_rate"; and of an APO the last meta-step's "q_loss", "q_fsd", "q_wsd" (the
+            addends of Q, weights included) and "meta_gradient" (its norm). NaN stands where there
+            is no value yet.
         metrics: what `evaluate` returned last, infinite if the run diverged; "steps" taken,
-            "skipped_meta_steps" of an APO, and the seconds of training, meta-steps and evaluation.
+            "passes", "skipped_meta_steps" of an APO, the seconds of training, meta-steps and
+            evaluation, and on CUDA "peak_bytes" of all tensors.
     """
     metrics: dict[str, float] = {}
     curves: dict[str, list[float]] = {}
     params = [p for p in model.parameters() if p.requires_grad]
     amortized = optimizer if isinstance(optimizer, apo.APO) else None
     seconds = {"training": 0.0, "meta": 0.0, "evaluation": 0.0}
+    passes = 0.0
+    on_cuda = bool(params) and params[0].is_cuda
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(params[0].device)
     terms: dict[str, float] = dict.fromkeys(TERMS, math.nan) if amortized else {}
 
     def evaluate(step: int, step_ratio: float) -> bool:
         began = perf_counter()
-        values = problem.evaluate(model)
+        with evaluation_mode(optimizer):
+            values = problem.evaluate(model)
         metrics.update(values, steps=float(step))
-        row = {"step": float(step), "step_ratio": step_ratio, **values, **terms}
-        rate = learning_rate(optimizer)
-        if rate is not None:
-            row["learning_rate"] = rate
+        row = {"step": float(step), "seconds": seconds["training"], "passes": passes}
+        row |= {"step_ratio": step_ratio, **values, **terms}
+        row |= hyperparameters(optimizer)
         for name, value in row.items():
             curves.setdefault(name, []).append(value)
         seconds["evaluation"] += perf_counter() - began
@@ -97,6 +112,7 @@ def train(
         if not finite:
             metrics["steps"] = float(step - 1)
             break
+        passes += STEP_PASSES
         if amortized is not None and amortized.meta_due:
             began_meta = perf_counter()
             terms = _meta_step(
@@ -106,6 +122,8 @@ def train(
                 batch if meta_loss_batch == "same" else problem.batch("loss"),
                 batch if discrepancy_batch == "same" else problem.batch("discrepancy"),
             )
+            passes += LOSS_PASSES
+            passes += DISCREPANCY_PASSES if amortized.objective.fsd_weight > 0 else 0.0
             seconds["meta"] += perf_counter() - began_meta
         due = step % record_every == 0 or step == steps
         before = [p.detach().clone() for p in params] if due else []
@@ -124,6 +142,9 @@ def train(
 
     if not finite:
         metrics.update(dict.fromkeys(problem.evaluate(model), math.inf))
+    metrics["passes"] = passes
+    if on_cuda:
+        metrics["peak_bytes"] = float(torch.cuda.max_memory_allocated(params[0].device))
     if amortized is not None:
         metrics["skipped_meta_steps"] = float(amortized.skipped_meta_steps)
     seconds["training"] -= seconds["meta"]
@@ -131,13 +152,17 @@ def train(
     return Outcome(metrics, curves)
 
 
-def learning_rate(optimizer: torch.optim.Optimizer) -> float | None:
-    """η where the optimizer has one: the group's of `torch.optim`, exp(φ) of APO's SGD rule."""
-    if not isinstance(optimizer, apo.APO):
-        return float(optimizer.param_groups[0]["lr"])
-    if isinstance(optimizer.rule, apo.rules.SGD):
-        return float(optimizer.rule.lr.mean())
-    return None
+@contextmanager
+def evaluation_mode(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """θ is what the optimizer would have judged: the average, where it is Schedule-Free."""
+    switch: Any = optimizer if hasattr(optimizer, "eval") else None
+    if switch is not None:
+        switch.eval()
+    try:
+        yield
+    finally:
+        if switch is not None:
+            switch.train()
 
 
 def _meta_step(

@@ -11,22 +11,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from experiments.recipes import Recipe
 from experiments.records import Record, Trial
+from experiments.registry import AT_EDGE
 
 FIRST_TUNING_SEED = 1000
 """Tuning seeds count from here, reporting seeds from 0."""
 
+Track = Literal["tuned", "self-tuning"]
+
 
 @dataclass(frozen=True)
 class Method:
-    """What the legend calls a method, and the recipes that are tried for it."""
+    """What the legend calls a method, and the recipes that are tried for it.
+
+    Attributes:
+        label: What the legend calls it.
+        grid: What is searched.
+        track: Whether its learning rate is searched, or the method finds it by itself; the two are
+            compared apart.
+    """
 
     label: str
     grid: tuple[Recipe, ...]
+    track: Track = "tuned"
 
 
 def trial(label: str, recipe: Recipe, seed: int, task: Mapping[str, Any]) -> Trial:
@@ -63,7 +74,7 @@ def tried(method: Method, records: Sequence[Record]) -> Method:
         for recipe in method.grid
         if runs_of(recipe, records) or runs_of(recipe, records, tuning=True)
     )
-    return Method(method.label, grid)
+    return replace(method, grid=grid)
 
 
 def chosen(method: Method, records: Sequence[Record], *, tuning: bool = True) -> Recipe:
@@ -117,4 +128,4 @@ def at_edge(method: Method, choice: Recipe) -> str:
         tried = {getattr(recipe, field.name) for recipe in method.grid}
         if len(tried) >= 3 and getattr(choice, field.name) in (min(tried), max(tried)):
             names.append(field.name)
-    return " and ".join(names) + " at the grid's edge" if names else ""
+    return f"{' and '.join(names)} {AT_EDGE}" if names else ""

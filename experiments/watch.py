@@ -14,7 +14,6 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from experiments.records import Record
@@ -36,11 +35,11 @@ class Watch(ABC):
 
     @abstractmethod
     def trial(self, name: str) -> None:
-        """A trial starts to run."""
+        """A trial starts to run, beside others perhaps."""
 
     @abstractmethod
-    def progress(self, done: int, total: int, text: str) -> None:
-        """The trial has done `done` of `total` steps; called at every step."""
+    def progress(self, name: str, done: int, total: int, text: str) -> None:
+        """That trial has done `done` of `total` steps; called at every step."""
 
     @abstractmethod
     def settled(self, record: Record, *, kept: bool) -> None:
@@ -56,14 +55,44 @@ class Watch(ABC):
 
 
 @final
+class Pace:
+    """How far an experiment is, and the time left if the rest takes as long as what ran now."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.settled = self.kept = self.total = 0
+        self.parts: dict[str, float] = {}
+        self._clock, self._started = clock, clock()
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """That trial is so far."""
+        self.parts[name] = done / total if total else 0.0
+
+    def settle(self, record: Record, *, kept: bool) -> None:
+        """That trial has its record."""
+        self.parts.pop(record.trial.name, None)
+        self.settled += 1
+        self.kept += kept
+
+    @property
+    def done(self) -> float:
+        """Trials, with the parts of those that run."""
+        return self.settled + sum(self.parts.values())
+
+    def left(self) -> str:
+        """ "35.0 s left", of all trials that are planned; empty before any has begun."""
+        ran = self.done - self.kept
+        elapsed = self._clock() - self._started
+        return f"{span(elapsed / ran * (self.total - self.done))} left" if ran else ""
+
+
+@final
 class BarWatch(Watch):
-    """One bar an experiment, over its trials, with the time left and the trial that runs."""
+    """One bar an experiment, over its trials, with the time left and the trials that run."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar: Progress | None = None
-        self._settled = self._total = 0
-        self._name = ""
+        self._pace = Pace(time.monotonic)
         self._shown = 0.0
 
     def begin(self, experiment: str) -> None:
@@ -73,36 +102,35 @@ class BarWatch(Watch):
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[now]}", markup=False),
             console=self._console,
         )
-        self._settled = self._total = 0
-        self._task = self._bar.add_task(experiment, total=None, now="")
+        self._pace = Pace(time.monotonic)
+        self._task = self._bar.add_task(experiment, total=None, left="", now="")
         self._bar.start()
 
     def plan(self, more: int) -> None:
         """Lengthen the bar."""
-        self._total += more
-        self._update(total=self._total)
+        self._pace.total += more
+        self._update(total=self._pace.total)
 
     def trial(self, name: str) -> None:
         """Name the trial."""
-        self._name = name
-        self._update(now=name)
+        self._pace.progress(name, 0, 1)
+        self._update(now=self._running(name, ""))
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def progress(self, name: str, done: int, total: int, text: str) -> None:
         """Move the bar by a part of a trial."""
+        self._pace.progress(name, done, total)
         if time.monotonic() - self._shown >= BAR_EVERY:
             self._shown = time.monotonic()
-            part = done / total if total else 0.0
-            self._update(completed=self._settled + part, now=f"{self._name}  {text}")
+            self._update(now=self._running(name, text))
 
     def settled(self, record: Record, *, kept: bool) -> None:
         """Move the bar to the next trial; print what did not finish."""
-        self._settled += 1
-        self._update(completed=self._settled, now="")
+        self._pace.settle(record, kept=kept)
+        self._update(now="")
         if record.status != "finished" and not kept:
             self.note(_told(record))
 
@@ -116,14 +144,19 @@ class BarWatch(Watch):
             self._bar.stop()
             self._bar = None
 
+    def _running(self, name: str, text: str) -> str:
+        others = len(self._pace.parts) - 1
+        return f"{name}  {text}" + (f"  (and {others} more)" if others else "")
+
     def _update(self, **fields: object) -> None:
         if self._bar is not None:
+            fields |= {"completed": self._pace.done, "left": self._pace.left()}
             self._bar.update(self._task, **fields)  # pyright: ignore[reportArgumentType]
 
 
 @final
 class LineWatch(Watch):
-    """Plain lines for logs: one every few seconds while a trial runs, and one when it ended."""
+    """Plain lines for logs: one every few seconds while trials run, and one when one ended."""
 
     def __init__(
         self,
@@ -132,41 +165,41 @@ class LineWatch(Watch):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._write, self._every, self._clock = write, every, clock
-        self._name = self._experiment = ""
-        self._settled = self._kept = self._total = 0
-        self._started = self._shown = 0.0
+        self._experiment = ""
+        self._pace = Pace(clock)
+        self._shown = 0.0
 
     def begin(self, experiment: str) -> None:
         """Start counting."""
         self._experiment = experiment
-        self._settled = self._kept = self._total = 0
-        self._started = self._shown = self._clock()
+        self._pace = Pace(self._clock)
+        self._shown = self._clock()
 
     def plan(self, more: int) -> None:
         """Tell how many trials the round has."""
-        self._total += more
+        self._pace.total += more
         if more:
-            self._write(f"{self._experiment}: {more} trials to settle, {self._total} in all so far")
+            total = self._pace.total
+            self._write(f"{self._experiment}: {more} trials to settle, {total} in all so far")
 
     def trial(self, name: str) -> None:
-        """Remember the name."""
-        self._name = name
+        """Remember that it runs."""
+        self._pace.progress(name, 0, 1)
 
-    def progress(self, done: int, total: int, text: str) -> None:
+    def progress(self, name: str, done: int, total: int, text: str) -> None:
         """Print where the trial is, if the last line is old enough."""
+        self._pace.progress(name, done, total)
         now = self._clock()
         if now - self._shown >= self._every:
             self._shown = now
-            part = done / total if total else 0.0
-            self._write(f"{self._where(part)} {self._name}: {done} of {total} {text}".rstrip())
+            self._write(f"{self._where()} {name}: {done} of {total} {text}".rstrip())
 
     def settled(self, record: Record, *, kept: bool) -> None:
         """Print how the trial ended, where it ran now."""
-        self._settled += 1
-        self._kept += kept
+        self._pace.settle(record, kept=kept)
         if not kept:
             self._shown = self._clock()
-            self._write(f"{self._where(0.0)} {_told(record)}")
+            self._write(f"{self._where()} {_told(record)}")
 
     def note(self, text: str) -> None:
         """Print the text."""
@@ -174,25 +207,24 @@ class LineWatch(Watch):
 
     def end(self) -> None:
         """Tell what was kept."""
-        if self._kept:
-            self._write(f"{self._experiment}: {self._kept} of {self._total} trials recorded before")
+        if self._pace.kept:
+            kept, total = self._pace.kept, self._pace.total
+            self._write(f"{self._experiment}: {kept} of {total} trials recorded before")
 
-    def _where(self, part: float) -> str:
-        """The trials so far, and the time left if the rest takes as long as what ran now."""
-        ran = self._settled - self._kept + part
-        elapsed = self._clock() - self._started
-        left = (
-            f", {_span(elapsed / ran * (self._total - self._settled - part))} left" if ran else ""
-        )
-        return f"{self._experiment} [{self._settled}/{self._total}{left}]"
+    def _where(self) -> str:
+        """The trials so far, and the time left."""
+        left = self._pace.left()
+        counted = f"{self._pace.settled}/{self._pace.total}"
+        return f"{self._experiment} [{counted}{', ' * bool(left)}{left}]"
 
 
 def _told(record: Record) -> str:
     """One line on how a trial ended."""
-    ended = f"{record.trial.name} {record.status} in {_span(record.seconds)}"
+    ended = f"{record.trial.name} {record.status} in {span(record.seconds)}"
     return f"{ended}: {record.error}" if record.error else ended
 
 
-def _span(seconds: float) -> str:
+def span(seconds: float) -> str:
+    """ "1 min 05 s" or "5.0 s"."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{max(seconds, 0):.1f} s"

@@ -62,3 +62,17 @@ def standardized(
     # The mean of equal numbers is off by rounding, so that their deviation may not be exactly 0.
     scale = np.where(np.ptp(train, axis=0) == 0, 1.0, scale)
     return (train - mean) / scale, (test - mean) / scale
+
+
+def first(part: Split, examples: int) -> Split:
+    """The first examples of a split, in the source's order.
+
+    Raises:
+        ValueError: Fewer than one are asked for, or more than there are.
+    """
+    if not 1 <= examples <= len(part):
+        raise ValueError(
+            f"`examples` must lie in [1, {len(part)}], got {examples}; a preset must not ask for "
+            "more than the data set has."
+        )
+    return Split(part.inputs[:examples], part.targets[:examples])

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tarfile
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import pooch
 import requests
+from filelock import FileLock
 
 VARIABLE = "APO_DATA_DIR"
+ATTEMPTS = 3  # at a download whose transfer breaks; each starts anew
 
 
 class DataError(RuntimeError):
@@ -25,8 +30,8 @@ class SourceFile:
         url: What is downloaded: the file itself, or an archive that has it as a member.
         checksum: Of the file, as "md5:…" or "sha256:…"; "" where none is known.
         member: Its name in the archive, "" where the url is the file itself.
-        archive_checksum: Of the archive, where its source publishes one.
-        confirmed: Whether the checksum is the source's own, or was met in independent copies.
+        archive_checksum: Of the archive, where one is known.
+        confirmed: Whether the checksums are the source's own, or were met in independent copies.
     """
 
     path: str
@@ -39,6 +44,8 @@ class SourceFile:
 
 def fetch(source: SourceFile) -> Path:
     """A local path of that file, its checksum verified.
+
+    Several processes may ask at once: one downloads, and the others wait for it.
 
     Raises:
         DataError: Neither APO_DATA_DIR nor the network has it, or its checksum is another.
@@ -64,18 +71,13 @@ def _in_data_dir(source: SourceFile) -> Path | None:
 def _downloaded(source: SourceFile) -> Path:
     """The file from pooch's cache, where it is put now if it is not yet there."""
     folder = Path(pooch.os_cache("apo-core")) / Path(source.path).parent
-    processor = None
-    if source.member:
-        unpack = pooch.Unzip if source.url.endswith(".zip") else pooch.Untar
-        processor = unpack(members=[source.member])
+    folder.mkdir(parents=True, exist_ok=True)
+    name = source.url.rsplit("/", 1)[-1]
     try:
-        found = pooch.retrieve(
-            url=source.url,
-            known_hash=source.archive_checksum if source.member else source.checksum or None,
-            fname=source.url.rsplit("/", 1)[-1],
-            path=folder,
-            processor=processor,
-        )
+        # The system gives the lock back where its holder is killed.
+        with FileLock(folder / f".{name}.lock"):
+            found = _transferred(source, folder, name)
+            return _unpacked(found, source.member) if source.member else found
     except requests.exceptions.RequestException as error:
         raise DataError(_both_ways_out(source, type(error).__name__)) from error
     except ValueError as error:  # pooch's word for a checksum that differs
@@ -83,14 +85,52 @@ def _downloaded(source: SourceFile) -> Path:
             f"`{source.path}` must come with the checksum "
             f"{source.archive_checksum or source.checksum}, but what {source.url} gave has another "
             f"({error}); run again in case the transfer broke, or set {VARIABLE} to a folder that "
-            f"holds {source.path}."
+            f"holds {source.path}.{_question(source)}"
         ) from error
     except Exception as error:  # an archive that cannot be read, a full disk
         raise DataError(_both_ways_out(source, f"{type(error).__name__}: {error}")) from error
-    paths = [Path(one) for one in ([found] if isinstance(found, str) else found)]
-    if not paths:
-        raise DataError(_both_ways_out(source, f"{source.member!r} is not in the archive"))
-    return paths[0]
+
+
+def _transferred(source: SourceFile, folder: Path, name: str) -> Path:
+    """What the url names, whole: pooch moves it into place once its checksum is right."""
+    known = source.archive_checksum if source.member else source.checksum or None
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return Path(
+                str(pooch.retrieve(url=source.url, known_hash=known, fname=name, path=folder))
+            )
+        except (requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError):
+            if attempt == ATTEMPTS:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _unpacked(archive: Path, member: str) -> Path:
+    """The member's file beside the archive, complete or absent like the archive itself."""
+    path = archive.with_name(f"{archive.name}.members") / member
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            _extract(archive, member, beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    return path
+
+
+def _extract(archive: Path, member: str, target: Path) -> None:
+    """Copy one member out of a zip or a tar archive."""
+    with target.open("wb") as file:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as unzipped, unzipped.open(member) as content:
+                shutil.copyfileobj(content, file)
+            return
+        with tarfile.open(archive) as untarred:
+            content = untarred.extractfile(member)
+            if content is None:
+                raise KeyError(f"{member!r} is no file in the archive")
+            shutil.copyfileobj(content, file)
 
 
 def _both_ways_out(source: SourceFile, reason: str) -> str:
@@ -110,13 +150,17 @@ def _verify(source: SourceFile, path: Path) -> None:
     found = pooch.file_hash(str(path), alg=kind)
     if found == expected:
         return
-    question = (
-        ""
-        if source.confirmed
-        else " This checksum was taken from a copy and never compared with the source's own: if "
-        "the file is untouched from there, the checksum is in question; please open an issue."
-    )
     raise DataError(
         f"`{path}` must have the {kind} {expected}, got {found}: it is altered or incomplete; "
-        f"delete it to have it fetched anew, or put the published file there.{question}"
+        f"delete it to have it fetched anew, or put the published file there.{_question(source)}"
+    )
+
+
+def _question(source: SourceFile) -> str:
+    """What to think of a mismatch with a checksum that was never confirmed."""
+    if source.confirmed:
+        return ""
+    return (
+        " This checksum was taken from a copy and never compared with the source's own: if the "
+        "file is untouched from there, the checksum is in question; please open an issue."
     )

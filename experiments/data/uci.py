@@ -6,7 +6,7 @@ random all the same, and mean and variance are those of the other 90%.
 
 from __future__ import annotations
 
-import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,6 +29,14 @@ PROTEIN = SourceFile(
     url=f"{SITE}/265/physicochemical+properties+of+protein+tertiary+structure.zip",
     checksum="sha256:712d2759f8113622a3ba93a47e451397147df946111f6ffdd8c655385d564aef",
     member="CASP.csv",
+    confirmed=False,
+)
+SLICE = SourceFile(
+    path="uci/slice_localization_data.csv",
+    url=f"{SITE}/206/relative+location+of+ct+slices+on+axial+axis.zip",
+    checksum="",
+    member="slice_localization_data.csv",
+    archive_checksum="sha256:9411f92082678169d2a01356f036708498c3ab507f6595919456bbb04a1d942a",
     confirmed=False,
 )
 
@@ -63,6 +71,23 @@ def load_protein(seed: int) -> Dataset:
     )
 
 
+def load_slice(seed: int) -> Dataset:
+    """53,500 CT images: the relative position along the body from 384 histogram bins.
+
+    Left out: patientId, which is a name.
+    """
+    return _regression(
+        "slice",
+        SLICE,
+        target="reference",
+        left_out=("patientId",),
+        seed=seed,
+        note="Relative location of CT slices on axial axis (Graf et al., 2011; UCI 206), CC BY "
+        "4.0. Predicts reference from value0 … value383; patientId is left out. The split is by "
+        "image, so a patient may be on both sides.",
+    )
+
+
 def _regression(
     name: str,
     source: SourceFile,
@@ -94,17 +119,18 @@ def read_table(path: Path) -> tuple[list[str], NDArray[np.float64]]:
     Raises:
         DataError: A line is not as long as the header, or a value is not a finite number.
     """
-    with path.open(newline="") as file:
-        lines = csv.reader(file)
-        columns = next(lines, [])
-        rows = [line for line in lines if line]
-    try:
-        values = np.array(rows, dtype=np.float64).reshape(len(rows), len(columns))
-    except ValueError as error:
-        raise DataError(
-            f"`{path}` must be a table of numbers with {len(columns)} columns, but {error}; fetch "
-            "it anew."
-        ) from error
+    with path.open() as file:
+        columns = file.readline().strip().split(",")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "loadtxt: input contained no data", UserWarning)
+            try:
+                values = np.loadtxt(file, delimiter=",", ndmin=2, comments=None)
+                values = values.reshape(-1, len(columns))
+            except ValueError as error:
+                raise DataError(
+                    f"`{path}` must be a table of numbers with {len(columns)} columns, but "
+                    f"{error}; fetch it anew."
+                ) from error
     if not values.size or not np.isfinite(values).all():
         raise DataError(f"`{path}` must hold finite numbers, got none or others; fetch it anew.")
     return columns, values

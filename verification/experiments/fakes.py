@@ -1,17 +1,23 @@
-"""A small experiment of two rounds to hold the machinery against; runs alone for the kill test."""
+"""A small experiment of two rounds to hold the machinery against; one `undertake`s it to end it."""
 
 from __future__ import annotations
 
 import math
+import multiprocessing
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
+from unittest import mock
 
 import numpy as np
+import pooch
 from matplotlib.figure import Figure
 
+from experiments.data.sources import SourceFile, fetch
 from experiments.provenance import Provenance
 from experiments.registry import Context, Experiment, Outcome, Preset, Record, Row, Trial
 from experiments.runner import run_experiment
@@ -20,13 +26,20 @@ from experiments.watch import LineWatch
 RATES = (0.1, 1.0, 10.0)
 STEPS = 20
 UNIT = Provenance("0" * 40, False, {"python": "3.11.0"}, "2 CPU cores, 1 thread")
+INTERRUPTED = 130
+
+
+class Killed(Exception):
+    """A fault that ends the trial's process as the kernel does when memory is short."""
 
 
 @final
 class Descent(Experiment):
     """Gradient descent on x²/2 from a random point: a grid of rates, then the best with more seeds.
 
-    The rate 10 diverges. `faults` maps trial names to what they raise; `pause` slows a trial down.
+    The rate 10 diverges. `faults` maps trial names to what they raise; `pause` slows every trial
+    down, and `hangs` those of its names, which tell nothing meanwhile; to the file `trace` each
+    trial adds its process and name as it begins.
     """
 
     title = "Descent on a parabola <fake> & small"
@@ -41,8 +54,10 @@ class Descent(Experiment):
         pause: float = 0.0,
         datasets: tuple[str, ...] = (),
         power: float = 300.0,
+        trace: Path | None = None,
+        hangs: dict[str, float] | None = None,
     ) -> None:
-        self.name, self.datasets = name, datasets
+        self.name, self.datasets, self._trace, self._hangs = name, datasets, trace, hangs or {}
         self._faults, self._pause, self._power = faults or {}, pause, power
         self.ran: list[str] = []
 
@@ -65,8 +80,14 @@ class Descent(Experiment):
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Descend."""
         self.ran.append(trial.name)
+        if self._trace is not None:
+            with self._trace.open("a") as file:
+                file.write(f"{os.getpid()} {trial.name}\n")
+        if isinstance(self._faults.get(trial.name), Killed):
+            os.kill(os.getpid(), signal.SIGKILL)
         if trial.name in self._faults:
             raise self._faults[trial.name]
+        time.sleep(self._hangs.get(trial.name, 0.0))
         x = np.random.default_rng(trial.seed).normal()
         losses = []
         for step in range(trial.options["steps"]):
@@ -113,5 +134,20 @@ def lasting(records: dict[str, Record]) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    run_experiment(Descent(pause=1.0), "default", Path(sys.argv[1]), LineWatch(print))
+def undertake(out: Path, jobs: int, experiment: Descent) -> None:
+    """Run the experiment as the main process of a command; Ctrl-C ends it with `INTERRUPTED`."""
+    try:
+        run_experiment(experiment, "default", out, LineWatch([].append), jobs=jobs)
+    except KeyboardInterrupt:
+        sys.exit(1 if multiprocessing.active_children() else INTERRUPTED)
+
+
+def fetched(item: tuple[Path, SourceFile], report: object) -> bytes:
+    """The content of that file, fetched by way of that cache; work for a process of its own."""
+    cache, source = item
+    with (
+        mock.patch.dict(os.environ),
+        mock.patch.object(pooch, "os_cache", return_value=cache),
+    ):
+        os.environ.pop("APO_DATA_DIR", None)
+        return fetch(source).read_bytes()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments.__main__ import EMBEDDED_SUITE, INTERRUPTED, main
-from experiments.records import read_records
+from experiments.records import read_records, write_record
 from experiments.registry import Experiment, experiments
-from experiments.runner import record_folder
-from verification.experiments.fakes import Descent
+from experiments.runner import Tally, record_folder
+from verification.experiments.fakes import Descent, record_of
 
 FIRST = "rate-0.1-seed-0"
 
@@ -21,8 +22,8 @@ def catalogue(*fakes: Experiment) -> dict[str, Experiment]:
 
 
 def run(out: Path, *words: str, known: dict[str, Experiment]) -> int:
-    """The exit code of `run` with those words into that folder."""
-    return main(["run", *words, "--out", str(out)], known)
+    """The exit code of `run` with those words into that folder, one trial at a time."""
+    return main(["run", *words, "--jobs", "1", "--out", str(out)], known)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def run(out: Path, *words: str, known: dict[str, Experiment]) -> int:
         (["run", "--preset", "huge"], "argument --preset: invalid choice: 'huge' (choose from"),
         (["run", "--seeds", "0"], "`--seeds` must be a whole number of at least 1, got '0'; leave"),
         (["run", "--seeds", "many"], "got 'many'; leave it out for the preset's own number."),
+        (["run", "--jobs", "0"], "`--jobs` must be a whole number of at least 1, got '0'; leave"),
         (["run", "--device", "abacus"], "`--device` must be a device of this machine, one of cpu"),
         (["run", "--device", "cuda:99"], "got 'cuda:99'; leave it out to run on the CPU."),
         ([], "the following arguments are required: list | run | report"),
@@ -55,6 +57,39 @@ def test_list_shows_every_experiment(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr().out
     for text in ("descent", "other", "no paper | none", "p22-eq3", "digits", "synthetic"):
         assert text in shown
+
+
+def test_list_tells_the_time_of_committed_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("experiments.__main__.COMMITTED", tmp_path)
+    for seed, seconds in enumerate((100.0, 80.0)):
+        record = replace(record_of(f"t{seed}", loss=1.0), seconds=seconds)
+        write_record(record_folder(tmp_path, "default", "descent") / f"t{seed}.json", record)
+    assert main(["list"], catalogue(Descent(), Descent("other"))) == 0
+    rows = {
+        line.split()[1]: line for line in capsys.readouterr().out.splitlines() if "no paper" in line
+    }
+    assert "3 min" in rows["descent"]
+    assert "min" not in rows["other"]
+
+
+@pytest.mark.parametrize(
+    ("words", "jobs"), [([], 7), (["--jobs", "3"], 3), (["--device", "meta"], 1)]
+)
+def test_as_many_jobs_as_cores_unless_told_or_on_another_device(
+    words: list[str], jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def record_jobs(*arguments: object, **options: int) -> Tally:
+        asked.append(options["jobs"])
+        return Tally()
+
+    monkeypatch.setattr("experiments.__main__.cores", lambda: 7)
+    monkeypatch.setattr("experiments.__main__.run_experiment", record_jobs)
+    main(["run", "descent", *words, "--out", str(tmp_path)], catalogue(Descent()))
+    assert asked == [jobs]
 
 
 def test_run_records_reports_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

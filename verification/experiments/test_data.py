@@ -15,10 +15,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from scipy.io import savemat
 
-from experiments.data import LOADERS, DataError, Dataset, cifar, load, mnist, uci
+from experiments.data import (
+    LOADERS,
+    TRANSLATIONS,
+    DataError,
+    Dataset,
+    Translation,
+    cifar,
+    ensure,
+    load,
+    load_translation,
+    mnist,
+    svhn,
+    translation,
+    uci,
+)
 from experiments.data.dataset import held_out, standardized
 from experiments.data.sources import SourceFile
+from verification.profiles import share
 
 # A column's mean and variance after standardization: a sum of N rounded terms of size about 1 errs
 # by N eps at most, and no test here has more than 1e5 rows.
@@ -185,6 +201,85 @@ def test_a_cifar_file_of_another_size_or_label_is_refused(
         load("cifar-10")
 
 
+def test_cifar100_takes_the_fine_label(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).integers(0, 256, (2, 4, 2 + cifar.PIXELS)).astype(np.uint8)
+    rows[:, :, 1] %= 100
+    rows[0, 0, 1], rows[:, :, 0] = 99, 255  # a coarse label has no say
+    (data_dir / "cifar-100-binary").mkdir()
+    for name, part in zip(("train", "test"), rows, strict=True):
+        (data_dir / "cifar-100-binary" / f"{name}.bin").write_bytes(part.tobytes())
+    monkeypatch.setattr(cifar, "RECORDS_100", (4, 4))
+    sums = tuple(hashlib.md5(part.tobytes()).hexdigest() for part in rows)
+    monkeypatch.setattr(cifar, "MD5_100", sums)
+    found = load("cifar-100")
+    assert found.classes == 100
+    np.testing.assert_array_equal(found.train.targets, rows[0, :, 1])
+    # The blue plane comes last, row by row: its last pixel is the record's last byte.
+    np.testing.assert_array_equal(
+        found.test.inputs[:, 2, 31, 31], rows[1, :, -1].astype(np.float32) / np.float32(255)
+    )
+
+
+def _svhn(path: Path, labels: list[int], *, compressed: bool = False) -> np.ndarray:
+    """A MATLAB file with random images; the images."""
+    images = np.random.default_rng(0).integers(0, 256, (32, 32, 3, len(labels))).astype(np.uint8)
+    path.parent.mkdir(exist_ok=True)
+    content = {"X": images, "y": np.array(labels, np.uint8)[:, None]}
+    savemat(path, content, do_compression=compressed)
+    return images
+
+
+def test_svhn_calls_the_digit_0_by_its_name(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = {part: data_dir / "svhn" / f"{part}_32x32.mat" for part in ("train", "test")}
+    images = _svhn(paths["train"], [1, 10, 9], compressed=True)
+    _svhn(paths["test"], [2, 3])
+    sums = {part: hashlib.md5(path.read_bytes()).hexdigest() for part, path in paths.items()}
+    monkeypatch.setattr(svhn, "MD5", sums)
+    found = load("svhn")
+    assert list(found.train.targets) == [1, 0, 9]
+    assert found.test.inputs.shape == (2, 3, 32, 32)
+    np.testing.assert_array_equal(
+        found.train.inputs[1, 2, 5, 7], images[5, 7, 2, 1].astype(np.float32) / np.float32(255)
+    )
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@given(cut=st.floats(0, 1, exclude_max=True))
+@share(0.5)
+def test_a_matlab_file_cut_anywhere_is_refused(compressed: bool, cut: float) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.mat"
+        _svhn(path, [1, 2], compressed=compressed)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(cut * len(whole))])
+        with pytest.raises(DataError, match=r"must be a MATLAB file with X and y.*anew"):
+            svhn.read_mat(path)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [11], []])
+def test_svhn_labels_outside_1_to_10_are_refused(tmp_path: Path, labels: list[int]) -> None:
+    path = tmp_path / "svhn" / "x.mat"
+    _svhn(path, labels)
+    with pytest.raises(DataError, match=rf"N labels in 1 … 10, got .* {len(labels)} labels"):
+        svhn.read_mat(path)
+
+
+def test_slice_leaves_the_patient_out(data_dir: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(20, 4)).round(4)
+    lines = ["patientId,value0,value1,reference", *(",".join(map(str, row)) for row in values)]
+    path = data_dir / uci.SLICE.path
+    path.parent.mkdir()
+    path.write_text("\n".join(lines))
+    found = load("slice", seed=2)
+    train, test = held_out(20, 0.1, 2)
+    expected = standardized(values[train][:, 1:3], values[test][:, 1:3])
+    np.testing.assert_array_equal(found.train.inputs, expected[0])
+    np.testing.assert_array_equal(found.test.inputs, expected[1])
+    assert found.train.targets.shape == (18, 1)
+
+
 def _parkinsons(folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """A table of 30 rows with the columns of the source below that folder; its values."""
     values = np.random.default_rng(0).normal(size=(30, 5)).round(4)
@@ -232,14 +327,83 @@ def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, reason: str)
         uci.read_table(path)
 
 
-def _real(name: str, path: str) -> Dataset:
+def _multi30k(folder: Path, monkeypatch: pytest.MonkeyPatch, **texts: str) -> None:
+    """A Multi30k of two captions a file, but for those texts, below that folder."""
+    (folder / "multi30k-de-en").mkdir()
+    sums = {}
+    for name in translation.MULTI30K_SHA256:
+        text = texts.get(name.replace(".", "_"), f"Ein {name}.\nZwei {name}.\n")
+        content = gzip.compress(text.encode(), mtime=0)
+        (folder / "multi30k-de-en" / f"{name}.gz").write_bytes(content)
+        sums[name] = hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(translation, "MULTI30K_SHA256", sums)
+
+
+def test_multi30k_pairs_line_by_line(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # an empty line is a caption, and a separator of another kind stands inside one
+    odd = {"train_de": "a\u2028b\n\nÄ\n", "train_en": "a\nb\nc\n"}
+    _multi30k(data_dir, monkeypatch, **odd)
+    found = load_translation("multi30k")
+    assert found.train == [("a\u2028b", "a"), ("", "b"), ("Ä", "c")]
+    assert found.validation[1] == ("Zwei val.de.", "Zwei val.en.")
+    assert found.test[0] == ("Ein test_2016_flickr.de.", "Ein test_2016_flickr.en.")
+
+
+@pytest.mark.parametrize("english", ["a\nb\nc\n", ""])
+def test_sentences_without_a_partner_are_refused(
+    english: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _multi30k(data_dir, monkeypatch, val_en=english)
+    with pytest.raises(DataError, match=r"as many sentences, at least one, got 2 and"):
+        load_translation("multi30k")
+
+
+def test_iwslt14_is_split_as_in_the_recipe(data_dir: Path) -> None:
+    folder = data_dir / "iwslt14" / "de-en"
+    folder.mkdir(parents=True)
+    for language in translation.LANGUAGES:
+        talk = ["<url>http://x</url>", "<talkid>1</talkid>", "<keywords>a, b</keywords>"]
+        talk += ["<title>T</title>", "<description>D</description>"]
+        talk += [f" {language} {i} & <i>" for i in range(3, 48)]
+        (folder / f"train.tags.de-en.{language}").write_text("\n".join(talk) + "\n")
+        for test in translation.IWSLT14_TESTS:
+            text = f'<doc docid="1"><title>no</title>\n<seg id="1"> {test} &amp; </seg>\n</doc>\n'
+            (folder / f"IWSLT14.{test}.de-en.{language}.xml").write_text(text)
+    found = load_translation("iwslt14")
+    assert len(found.train) == 45
+    assert found.train[:3] == [("T", "T"), ("D", "D"), ("de 3 & <i>", "en 3 & <i>")]
+    assert found.validation == [
+        ("de 23 & <i>", "en 23 & <i>"),
+        ("de 46 & <i>", "en 46 & <i>"),
+    ]
+    assert [pair[0] for pair in found.test] == [f"{test} &" for test in translation.IWSLT14_TESTS]
+
+
+def test_an_unknown_translation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"one of multi30k, iwslt14, got 'wmt'"):
+        load_translation("wmt")
+
+
+def test_real_multi30k() -> None:
+    found = _real("multi30k", "multi30k-de-en")
+    assert isinstance(found, Translation)
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [
+        29_000,
+        1_014,
+        1_000,
+    ]
+    assert found.train[0][1] == "Two young, White males are outside near many bushes."
+    assert all(german and english for german, english in found.train)
+
+
+def _real(name: str, path: str) -> Dataset | Translation:
     """A real data set, or a skip that says why."""
     named = os.environ.get("APO_DATA_DIR")
     if not named:
         pytest.skip("APO_DATA_DIR is not set: real data are read where it names their folder")
     if not (Path(named) / path).exists():
         pytest.skip(f"the folder that APO_DATA_DIR names has no {path}")
-    return load(name)
+    return load_translation(name) if name in TRANSLATIONS else load(name)
 
 
 @pytest.mark.parametrize(
@@ -252,6 +416,7 @@ def _real(name: str, path: str) -> Dataset:
 )
 def test_real_images(name: str, shape: tuple, first: list[int], mean: float) -> None:
     found = _real(name, name)
+    assert isinstance(found, Dataset)
     assert found.train.inputs.shape == (60_000, *shape)
     assert found.test.inputs.shape == (10_000, *shape)
     assert list(found.train.targets[:10]) == first
@@ -260,6 +425,7 @@ def test_real_images(name: str, shape: tuple, first: list[int], mean: float) -> 
 
 def test_real_cifar10() -> None:
     found = _real("cifar-10", cifar.FOLDER)
+    assert isinstance(found, Dataset)
     assert found.train.inputs.shape == (50_000, 3, 32, 32)
     assert list(np.bincount(found.train.targets)) == [5_000] * 10
     means = found.train.inputs.mean(axis=(0, 2, 3), dtype=np.float64)
@@ -275,6 +441,7 @@ def test_real_cifar10() -> None:
 )
 def test_real_regression(name: str, path: str, rows: int, columns: int) -> None:
     found = _real(name, path)
+    assert isinstance(found, Dataset)
     held = round(rows / 10)
     assert found.train.inputs.shape == (rows - held, columns)
     assert found.test.inputs.shape == (held, columns)
@@ -289,9 +456,9 @@ def test_every_set_of_the_catalogue_has_a_loader_that_says_both_ways_out(
     monkeypatch.delenv("APO_DATA_DIR", raising=False)
     monkeypatch.setattr("experiments.data.sources.pooch.os_cache", lambda name: tmp_path)
     monkeypatch.setattr("experiments.data.sources.pooch.retrieve", _no_network)
-    for name in LOADERS.keys() - {"digits"}:
+    for name in {*LOADERS, *TRANSLATIONS} - {"digits"}:
         with pytest.raises(DataError) as caught:
-            load(name)
+            ensure(name)
         assert re.search(
             r"connect to the network and run again, or set APO_DATA_DIR to a folder that holds \S+",
             str(caught.value),

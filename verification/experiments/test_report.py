@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import combinations
@@ -14,9 +15,11 @@ import matplotlib
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.records import RecordError, read_records, write_record
-from experiments.registry import Row
+from experiments.__main__ import main
+from experiments.records import Record, RecordError, read_records, write_record
+from experiments.registry import AT_EDGE, Preset, Row
 from experiments.report import write_report
+from experiments.report_html import page
 from experiments.report_style import MARKS, SETTINGS, png, report_style
 from experiments.report_text import Section, markdown
 from experiments.runner import record_folder, run_experiment
@@ -169,6 +172,48 @@ def test_markdown_keeps_cells_in_their_columns() -> None:
     assert lines[start + 1] == "| --- | --- | --- | --- | --- |"
     assert lines[start + 2] == r"| a\|b | \*1\* | 2\_3\_4 | 5 | \`x\` y \<b\> |"
     assert "![e](figures/smoke-e.png)" in lines
+
+
+def test_costs_are_columns_in_page_and_markdown() -> None:
+    rows = [Row("a", "1", "–", 1, costs={"seconds": "12"}), Row("b", "2", "–", 1)]
+    section = Section("e", "smoke", "t", "s", rows, "v", PNG, {}, [])
+    lines = markdown([section]).splitlines()
+    start = lines.index("| method | ours | paper | n | seconds | note |")
+    assert lines[start + 2 : start + 4] == [
+        "| a | 1 | – | 1 | 12 |  |",
+        "| b | 2 | – | 1 | – |  |",
+    ]
+    html = page([section])
+    assert '<th scope="col">seconds</th><th scope="col">note</th>' in html
+    assert "<td>12</td><td></td>" in html
+
+
+def _edged(self: Descent, records: Sequence[Record]) -> list[Row]:
+    return [Row("descent", "1", "–", 1, f"best of 3: η = 1; lr {AT_EDGE}"), Row("b", "1", "–", 1)]
+
+
+@pytest.mark.parametrize(
+    ("preset", "declared", "fails"),
+    [("default", False, True), ("default", True, False), ("smoke", False, False)],
+)
+def test_a_best_value_at_the_edge_fails_the_report_unless_a_reason_is_declared(
+    preset: Preset, declared: bool, fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Descent, "table", _edged)
+    if declared:
+        reason = {("default", "descent"): "the grid is printed so"}
+        monkeypatch.setattr(Descent, "edges", reason, raising=False)
+    run_experiment(Descent(), preset, tmp_path, LineWatch([].append))
+    report = write_report(tmp_path, {"descent": Descent()})
+    said = (
+        "the best of 'descent' lies at an edge (lr at the grid's edge); widen the grid, or declare "
+        "the reason in the `edges` of descent"
+    )
+    assert report.failures == ([f"report of descent ({preset}): {said}"] if fails else [])
+    page = Page(report.page.read_text()).text
+    assert (f"Problem: {said}." in page) == fails
+    assert ("descent: the grid is printed so" in page) == declared
+    assert main(["report", str(tmp_path)], {"descent": Descent()}) == (1 if fails else 0)
 
 
 def test_no_two_of_the_first_lines_look_alike_to_anyone() -> None:

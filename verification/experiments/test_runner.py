@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,6 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from experiments.data import DataError
-from experiments.provenance import CHECKOUT
 from experiments.records import RecordError, read_records, write_record
 from experiments.registry import Experiment, register
 from experiments.runner import record_folder, run_experiment
@@ -121,35 +116,6 @@ def test_resuming_from_any_part_ends_with_the_same_records(
     assert lasting(read_records(record_folder(part, "default", "descent"))) == lasting(records)
 
 
-def test_a_killed_run_resumes_to_the_same_records(tmp_path: Path) -> None:
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    _run(Descent(), whole)
-    folder = record_folder(part, "default", "descent")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "verification.experiments.fakes", str(part)],
-        cwd=CHECKOUT,
-        stdout=subprocess.DEVNULL,
-    )
-    try:
-        # The import of torch on a busy machine takes long; a trial takes 1 s.
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("[!.]*.json"))) < 2:
-            assert process.poll() is None, f"the run ended early with {process.returncode}"
-            assert time.monotonic() < deadline, "the run made no two records in time"
-            time.sleep(0.01)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    left = read_records(folder)
-    assert 2 <= len(left) < len([*GRID, *BEST]), sorted(left)
-    again = Descent()
-    _run(again, part)
-    assert again.ran == [name for name in [*GRID, *BEST] if name not in left]
-    expected = read_records(record_folder(whole, "default", "descent"))
-    assert lasting(read_records(folder)) == lasting(expected)
-
-
 def test_a_damaged_record_stops_the_run_before_it_starts(tmp_path: Path) -> None:
     folder = record_folder(tmp_path, "default", "descent")
     folder.mkdir(parents=True)
@@ -205,7 +171,7 @@ def test_plain_lines_come_at_most_every_few_seconds() -> None:
     watch.trial("first")
     for second in range(1, 13):
         now = float(second)
-        watch.progress(second, 20, "loss 1")
+        watch.progress("first", second, 20, "loss 1")
     assert lines == [
         "descent: 2 trials to settle, 2 in all so far",
         # 5 s for a quarter of a trial: the 1.75 trials left take 35 s.

@@ -7,10 +7,12 @@ import io
 import tarfile
 import tempfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
 
@@ -19,7 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.data.sources import DataError, SourceFile, fetch
+from experiments.data.sources import ATTEMPTS, DataError, SourceFile, fetch
+from experiments.parallel import in_processes
+from verification.experiments.fakes import fetched
 
 CONTENT = b"a,b\n1,2\n3,4\n"
 SHA256 = f"sha256:{hashlib.sha256(CONTENT).hexdigest()}"
@@ -45,8 +49,13 @@ def lay_out(folder: Path, content: bytes) -> Path:
 
 
 @contextmanager
-def served(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
-    """A web server on localhost: its address, and the paths that were asked for."""
+def served(
+    files: dict[str, bytes], breaks: int = 0, pause: float = 0.0
+) -> Iterator[tuple[str, list[str]]]:
+    """A web server on localhost: its address, and the paths that were asked for.
+
+    Of each answer the second half comes after a pause; of the first `breaks` answers it never does.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -56,7 +65,12 @@ def served(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
             self.send_response(404 if content is None else 200)
             self.send_header("Content-Length", str(len(content or b"")))
             self.end_headers()
-            self.wfile.write(content or b"")
+            half = len(content or b"") // 2
+            self.wfile.write((content or b"")[:half])
+            self.wfile.flush()
+            time.sleep(pause)
+            if len(asked) > breaks:
+                self.wfile.write((content or b"")[half:])
 
         def log_message(self, format: str, *args: object) -> None:
             """Keep the test's output clean."""
@@ -70,6 +84,13 @@ def served(files: dict[str, bytes]) -> Iterator[tuple[str, list[str]]]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def kept(cache: Path) -> list[str]:
+    """The names of the files in the cache, without its locks."""
+    return sorted(
+        path.name for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"
+    )
 
 
 def zipped(name: str, content: bytes) -> bytes:
@@ -192,7 +213,7 @@ def test_a_download_with_another_checksum_is_refused_and_not_kept(cache: Path) -
         source = SourceFile(FILE.path, f"{address}/set.csv", SHA256)
         with pytest.raises(DataError, match=r"must come with the checksum .* gave has another"):
             fetch(source)
-    assert not [path for path in cache.rglob("*") if path.is_file()]
+    assert kept(cache) == []
 
 
 def test_an_archive_member_with_another_checksum_is_refused(cache: Path) -> None:
@@ -204,7 +225,7 @@ def test_an_archive_member_with_another_checksum_is_refused(cache: Path) -> None
 
 @pytest.mark.parametrize(
     ("packed", "reason"),
-    [(zipped("other.csv", CONTENT), "not in the archive"), (b"no archive", "BadZipFile")],
+    [(zipped("other.csv", CONTENT), "no item named 'set.csv'"), (b"no archive", "BadZipFile")],
 )
 def test_an_archive_without_the_file_is_refused(packed: bytes, reason: str, cache: Path) -> None:
     with served({"set.zip": packed}) as (address, _):
@@ -216,3 +237,91 @@ def test_an_archive_without_the_file_is_refused(packed: bytes, reason: str, cach
 def test_a_source_that_lost_the_file_is_reported(cache: Path) -> None:
     with served({}) as (address, _), pytest.raises(DataError, match=r"give it \(HTTPError"):
         fetch(SourceFile(FILE.path, f"{address}/set.csv", SHA256))
+
+
+@pytest.mark.parametrize("checksum", [SHA256, ""])
+def test_a_broken_download_starts_anew(checksum: str, cache: Path) -> None:
+    assert ATTEMPTS > 1
+    with served({"set.csv": CONTENT}, breaks=ATTEMPTS - 1) as (address, asked):
+        path = fetch(SourceFile(FILE.path, f"{address}/set.csv", checksum))
+        assert path.read_bytes() == CONTENT
+        assert len(asked) == ATTEMPTS
+
+
+def test_a_download_that_always_breaks_is_reported_and_leaves_nothing(cache: Path) -> None:
+    with served({"set.csv": CONTENT}, breaks=99) as (address, asked):
+        with pytest.raises(DataError, match=r"did not give it \((ChunkedEnc|Connection).*Error\)"):
+            fetch(SourceFile(FILE.path, f"{address}/set.csv", ""))
+        assert len(asked) == ATTEMPTS
+    assert kept(cache) == []
+
+
+def test_a_mismatch_of_an_unconfirmed_archive_is_called_a_question(cache: Path) -> None:
+    packed = zipped("set.csv", CONTENT)
+    with served({"set.zip": packed}) as (address, _):
+        source = SourceFile(FILE.path, f"{address}/set.zip", "", "set.csv", OTHER, confirmed=False)
+        with pytest.raises(DataError, match=r"gave has another .*the checksum is in question"):
+            fetch(source)
+
+
+def _in_parallel(source: SourceFile, cache: Path, count: int) -> list[bytes]:
+    results = in_processes(
+        fetched,
+        [(cache, source)] * count,
+        count,
+        preload=[fetched.__module__],
+        started=lambda item: None,
+        progress=lambda *arguments: None,
+    )
+    found = [result for _, result in results]
+    assert all(isinstance(one, bytes) for one in found), found
+    return [one for one in found if isinstance(one, bytes)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_processes_that_ask_at_once_share_one_download(packed: bool, tmp_path: Path) -> None:
+    content = zipped("set.csv", CONTENT) if packed else CONTENT
+    with served({"set.zip": content}, pause=0.5) as (address, asked):
+        source = SourceFile(
+            FILE.path, f"{address}/set.zip", SHA256, member="set.csv" if packed else ""
+        )
+        assert _in_parallel(source, tmp_path / "cache", 3) == [CONTENT] * 3
+        assert len(asked) == 1
+
+
+def test_a_process_killed_in_a_download_leaves_no_lock_and_no_file(
+    cache: Path, tmp_path: Path
+) -> None:
+    with served({"set.csv": CONTENT}, pause=0.5) as (address, asked):
+        source = SourceFile(FILE.path, f"{address}/set.csv", SHA256)
+        context = get_context("forkserver")
+        process = context.Process(target=fetched, args=((cache, source), None))
+        process.start()
+        deadline = time.monotonic() + 120  # a busy machine takes long to import
+        while not asked:
+            assert time.monotonic() < deadline, "nothing was asked for"
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert "set.csv" not in kept(cache)
+        assert fetch(source).read_bytes() == CONTENT
+        assert len(asked) == 2
+
+
+def test_a_kill_while_unpacking_leaves_no_half_file(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = zipped("set.csv", CONTENT)
+    with served({"set.zip": packed}) as (address, asked):
+        source = SourceFile(FILE.path, f"{address}/set.zip", "", "set.csv")
+
+        def stop(source: object, target: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("experiments.data.sources.os.replace", stop)
+            with pytest.raises(KeyboardInterrupt):
+                fetch(source)
+        assert kept(cache) == ["set.zip"]
+        assert fetch(source).read_bytes() == CONTENT
+        assert len(asked) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 from typing import Literal, get_args
 
 import numpy as np
@@ -92,7 +92,8 @@ def test_equal_seeds_give_equal_curves(recipe: Recipe) -> None:
     torch.rand(3)  # the global random state has no say
     second = _run(recipe)
     assert first.curves.keys() == second.curves.keys()
-    for name, values in first.curves.items():
+    for name in first.curves.keys() - {"seconds"}:  # which are the machine's
+        values = first.curves[name]
         assert _same(values, second.curves[name]), f"curve {name}"
 
 
@@ -189,6 +190,43 @@ def test_the_curves_stand_at_every_interval_and_at_the_end() -> None:
         values = outcome.curves[name]
         assert math.isnan(values[0])
         assert all(value > 0.0 for value in values[1:]), name
+
+
+@pytest.mark.parametrize(("fsd_weight", "meta_step"), [(0.1, 7), (0.0, 3)])
+def test_passes_are_counted_as_a_hook_counts_them(fsd_weight: float, meta_step: int) -> None:
+    model, problem = mlp(WIDTHS, seed=0), _problem(0)
+    counted = {"forward": 0, "backward": 0}
+    training = {"on": True}
+
+    def count(kind: str) -> None:
+        counted[kind] += training["on"]
+
+    model.register_forward_hook(lambda *_: count("forward"))
+    model.register_full_backward_hook(lambda *_: count("backward"))
+    evaluate = problem.evaluate
+
+    def uncounted(network: nn.Module) -> dict[str, float]:
+        training["on"] = False
+        values = evaluate(network)
+        training["on"] = True
+        return values
+
+    problem.evaluate = uncounted  # type: ignore[method-assign]
+    recipe = APOLearningRate(0.1, fsd_weight=fsd_weight, interval=3)
+    outcome = train(model, recipe.build(model, problem), problem, steps=7, record_every=1)
+    passes = outcome.curves["passes"]
+    assert passes[-1] == counted["forward"] + 2 * counted["backward"]
+    assert outcome.metrics["passes"] == passes[-1]
+    assert set(np.diff(passes)) == {3, 3 + meta_step}
+
+
+def test_the_seconds_of_a_curve_are_those_of_steps_and_meta_steps() -> None:
+    outcome = _run(RECIPES[-1], steps=9)
+    seconds, metrics = outcome.curves["seconds"], outcome.metrics
+    assert seconds[0] == 0.0
+    assert all(before < after for before, after in pairwise(seconds))
+    whole = metrics["training_seconds"] + metrics["meta_seconds"]
+    assert_close(seconds[-1], whole, ROUNDING, size=9)
 
 
 def test_the_step_ratio_of_sgd_is_its_learning_rate() -> None:

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy import stats
 
-from experiments.comparison import comparison_row, comparison_sentence
+from experiments.comparison import (
+    comparison_row,
+    comparison_sentence,
+    draw_time_to_target,
+    time_to_target,
+)
 from experiments.intervals import difference_interval, ratio_interval, summary
 from experiments.plots import draw_runs
 from experiments.recipes import (
@@ -205,6 +210,57 @@ def test_a_row_reports_the_chosen_recipe_over_the_reporting_seeds() -> None:
     assert (row.label, row.n, row.paper) == ("SGD", 2, "figure only")
     assert row.ours == "2 ± 1.4 (1 … 3)"
     assert row.note == "best of 3: η = 0.1"
+
+
+def _timed(seed: int, losses: Sequence[float], seconds: Sequence[float]) -> Record:
+    """A run of the middle rate that took so long to each loss."""
+    curves = {"step": [0.0, 1.0, 2.0], "loss": list(losses), "seconds": list(seconds)}
+    metrics = {"loss": losses[-1], "training_seconds": seconds[-1], "meta_seconds": 1.0}
+    record = _record(SGD(0.1), seed, losses[-1])
+    return replace(record, outcome=Outcome({**metrics, "passes": 6.0}, curves))
+
+
+def test_a_row_tells_the_median_cost_of_the_runs_that_measured_it() -> None:
+    runs = [_timed(seed, (4.0, 2.0, 1.0), (0.0, 1.0, 2.0 + seed)) for seed in range(2)]
+    records = [*_grid([0.3, 0.1, 0.2]), *runs, _record(SGD(0.1), 2, 3.0)]
+    # 3 s and 4 s, meta-steps included; the third run is of a record that measured nothing
+    assert comparison_row(METHOD, records, "–").costs == {"seconds": "3.5", "passes": "6"}
+
+
+@given(
+    losses=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8),
+    target=st.floats(1e-3, 1e3),
+)
+def test_the_time_to_a_target_is_that_of_the_first_loss_at_or_below_it(
+    losses: list[float], target: float
+) -> None:
+    seconds = [float(i) for i in range(len(losses))]
+    run = replace(_record(SGD(0.1), 0, 1.0), outcome=Outcome({}, {"s": seconds, "loss": losses}))
+    below = [i for i, loss in enumerate(losses) if loss <= target]
+    assert time_to_target(run, target, "s") == (below[0] if below else math.inf)
+
+
+def test_times_to_targets_are_drawn_until_the_median_run_gets_no_further() -> None:
+    runs = [
+        _timed(0, (8.0, 3.9, 1.0), (0.0, 1.0, 2.0)),
+        _timed(1, (8.0, 3.9, 1.9), (0.0, 3.0, 4.0)),
+        _timed(2, (8.0, 8.0, 8.0), (0.0, 5.0, 6.0)),
+    ]
+    axes = Figure().subplots()
+    # four levels: 8, 4, 2, 1; the median run reaches 4 after 3 s, 2 after 4 s, 1 never
+    draw_time_to_target(axes, [METHOD], [*_grid([0.3, 0.1, 0.2]), *runs], targets=4)
+    (line,) = axes.get_lines()
+    np.testing.assert_array_equal(
+        np.asarray(line.get_ydata(), float)[[0, 2, 3]], [0.0, 4.0, np.nan]
+    )
+    assert axes.get_xlim()[0] > axes.get_xlim()[1]
+
+
+def test_a_self_tuning_method_says_so() -> None:
+    records = [*_grid([0.3, 0.1, 0.2]), _record(SGD(0.1), 0, 1.0)]
+    row = comparison_row(replace(METHOD, track="self-tuning"), records, "–")
+    assert row.note == "self-tuning, best of 3: η = 0.1"
+    assert tried(replace(METHOD, track="self-tuning"), records).track == "self-tuning"
 
 
 def test_a_comparison_is_paired_by_seed() -> None:
