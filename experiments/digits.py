@@ -104,6 +104,21 @@ SCALES: dict[Preset, Scale] = {
 }
 
 
+def digits_problem(context: Context, seed: int) -> Supervised:
+    """80% of the digits to train on, the rest held out; `seed` orders the mini-batches."""
+    data = context.load("digits")
+    parts = [
+        (
+            torch.tensor(part.inputs, dtype=torch.float32),
+            torch.tensor(part.targets, dtype=torch.int64),
+        )
+        for part in (data.train, data.test)
+    ]
+    return Supervised(
+        *parts, "cross_entropy", batch_size=BATCH_SIZE, seed=seed, device=context.device
+    )
+
+
 @final
 class Digits(Experiment):
     """Final training loss and test accuracy of fixed and of learned learning rates."""
@@ -135,22 +150,7 @@ class Digits(Experiment):
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train on 80% of the digits; "loss" is the training loss, "test" the test error."""
-        data = context.load("digits")
-        train_part, test_part = (
-            (
-                torch.tensor(part.inputs, dtype=torch.float32),
-                torch.tensor(part.targets, dtype=torch.int64),
-            )
-            for part in (data.train, data.test)
-        )
-        problem = Supervised(
-            train_part,
-            test_part,
-            "cross_entropy",
-            batch_size=BATCH_SIZE,
-            seed=trial.seed,
-            device=context.device,
-        )
+        problem = digits_problem(context, trial.seed)
         model = mlp(WIDTHS, seed=trial.seed, device=context.device)
         return train(
             model,

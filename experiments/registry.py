@@ -47,6 +47,7 @@ declared for it."""
 # Each registers its experiments when it is imported; `experiments.paper` imports its own files.
 MODULES = (
     "experiments.digits",
+    "experiments.digits_rivals",
     "experiments.limits",
     "experiments.gap",
     "experiments.overhead",

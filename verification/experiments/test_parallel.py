@@ -161,6 +161,9 @@ def test_ctrl_c_ends_the_trials_and_leaves_the_finished_records(tmp_path: Path) 
     out, trace = tmp_path / "out", tmp_path / "trace"
     process = _half_way(out, trace)
     assert process.pid is not None
+    for child, _ in _began(trace)[1:]:  # a terminal interrupts all, the trials too
+        os.kill(child, signal.SIGINT)
+    time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
     process.join(PATIENCE)
     assert process.exitcode == INTERRUPTED
