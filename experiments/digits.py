@@ -107,15 +107,20 @@ SCALES: dict[Preset, Scale] = {
 def digits_problem(context: Context, seed: int) -> Supervised:
     """80% of the digits to train on, the rest held out; `seed` orders the mini-batches."""
     data = context.load("digits")
-    parts = [
+    train_part, test_part = (
         (
             torch.tensor(part.inputs, dtype=torch.float32),
             torch.tensor(part.targets, dtype=torch.int64),
         )
         for part in (data.train, data.test)
-    ]
+    )
     return Supervised(
-        *parts, "cross_entropy", batch_size=BATCH_SIZE, seed=seed, device=context.device
+        train_part,
+        test_part,
+        "cross_entropy",
+        batch_size=BATCH_SIZE,
+        seed=seed,
+        device=context.device,
     )
 
 

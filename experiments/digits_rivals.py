@@ -7,10 +7,10 @@ tuned          each method's grid of five with tuning seeds of its own; the reci
 self-tuning    one recipe for all tasks, its authors' default; nothing is searched
 
 APO's defaults are those of `limits`: κ = 1.1, λ_FSD = 1e-3, RMSprop with 0.1 every 10 steps, the
-step over-relaxed by σ = 1.8 where the rule has no momentum of its own, and an initial rate of 1e-3,
-which suits none of the rules. They were chosen on digits, Parkinsons and MNIST with three seeds,
-which are reporting seeds here too; so their place on digits is not out of sample. Muon is left out:
-its iteration in bfloat16 takes more than a second a step on a CPU. The test set has no say.
+step over-relaxed by σ = 1.8 where the rule has no momentum of its own, and an initial rate of 1e-3.
+They were chosen on digits, Parkinsons and MNIST with three seeds, which are reporting seeds here
+too; so their place on digits is not out of sample. Muon is left out: its iteration in bfloat16
+takes more than a second a step on a CPU. The test set has no say.
 """
 
 from __future__ import annotations

@@ -1,0 +1,59 @@
+"""The two tracks: what is searched and what is not, and the settings that APO brings."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from experiments.digits_rivals import RELAXATIONS, DigitsRivals, Rule, SelfTuned, methods
+from experiments.models import mlp
+from experiments.problems import Supervised
+from experiments.seeds import generator
+from experiments.tuning import FIRST_TUNING_SEED
+from verification.tolerances import ROUNDING, assert_close
+
+RATE = 1e-3
+STEPS = 6
+
+
+@pytest.mark.parametrize("rule", RELAXATIONS)
+def test_with_a_meta_rate_of_zero_it_is_torchs_optimizer_with_relaxed_steps(rule: Rule) -> None:
+    source = generator(5, "task")
+    data = (
+        torch.randn(24, 4, generator=source, dtype=torch.float64),
+        torch.randint(0, 3, (24,), generator=source),
+    )
+    sigma = RELAXATIONS[rule]
+    recipe = SelfTuned(rule, lr=RATE, meta_lr=0.0, update_scale=sigma)
+    ends = []
+    for ours in (True, False):
+        problem = Supervised(data, data, "cross_entropy", batch_size=8, seed=1)
+        model = mlp((4, 5, 3), seed=0, dtype=torch.float64)
+        optimizer = recipe.build(model, problem) if ours else _torch(rule, model, RATE * sigma)
+        for _ in range(STEPS):
+            batch = problem.batch("loss")
+            optimizer.zero_grad()
+            problem.loss(model, batch).backward()
+            optimizer.step()
+        ends.append(torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy())
+    # a step is a handful of operations an entry, and carries what the one before left
+    assert_close(*ends, ROUNDING, size=8, iterations=STEPS**2, scale=1.0)
+
+
+def _torch(rule: Rule, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
+    params = model.parameters()
+    if rule == "SGDm":
+        return torch.optim.SGD(params, lr, momentum=0.9)
+    return {"SGD": torch.optim.SGD, "RMSprop": torch.optim.RMSprop, "Adam": torch.optim.Adam}[rule](
+        params, lr
+    )
+
+
+def test_nothing_is_searched_on_the_self_tuning_track() -> None:
+    """Each default once a seed; each tuned grid of five with two tuning seeds, to begin with."""
+    trials = DigitsRivals().plan("default", None, [])
+    tuned, own = methods(720)
+    counts = Counter((t.label, t.seed >= FIRST_TUNING_SEED) for t in trials)
+    assert counts == {(m.label, False): 5 for m in own} | {(m.label, True): 10 for m in tuned}
