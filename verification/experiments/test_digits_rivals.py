@@ -26,12 +26,14 @@ def test_with_a_meta_rate_of_zero_it_is_torchs_optimizer_with_relaxed_steps(rule
         torch.randint(0, 3, (24,), generator=source),
     )
     sigma = RELAXATIONS[rule]
-    recipe = SelfTuned(rule, lr=RATE, meta_lr=0.0, update_scale=sigma)
+    # K = 1: a step may be twice as long as the one before, as momentum's second one nearly is
+    recipe = SelfTuned(rule, lr=RATE, meta_lr=0.0, update_scale=sigma, interval=1)
     ends = []
     for ours in (True, False):
         problem = Supervised(data, data, "cross_entropy", batch_size=8, seed=1)
         model = mlp((4, 5, 3), seed=0, dtype=torch.float64)
-        optimizer = recipe.build(model, problem) if ours else _torch(rule, model, RATE * sigma)
+        peer = _torch(rule, model, RATE * sigma)
+        optimizer = recipe.build(model, problem) if ours else peer
         for _ in range(STEPS):
             batch = problem.batch("loss")
             optimizer.zero_grad()
@@ -44,11 +46,11 @@ def test_with_a_meta_rate_of_zero_it_is_torchs_optimizer_with_relaxed_steps(rule
 
 def _torch(rule: Rule, model: torch.nn.Module, lr: float) -> torch.optim.Optimizer:
     params = model.parameters()
-    if rule == "SGDm":
-        return torch.optim.SGD(params, lr, momentum=0.9)
-    return {"SGD": torch.optim.SGD, "RMSprop": torch.optim.RMSprop, "Adam": torch.optim.Adam}[rule](
-        params, lr
-    )
+    if rule == "RMSprop":
+        return torch.optim.RMSprop(params, lr)
+    if rule == "Adam":
+        return torch.optim.Adam(params, lr)
+    return torch.optim.SGD(params, lr, momentum=0.9 if rule == "SGDm" else 0.0)
 
 
 def test_nothing_is_searched_on_the_self_tuning_track() -> None:
