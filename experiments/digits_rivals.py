@@ -58,7 +58,7 @@ class SelfTuned(Recipe):
     rule: Rule
     lr: float = INITIAL_RATE
     fsd_weight: float = 1e-3
-    trust_factor: float = 1.1
+    trust_factor: float | None = 1.1
     update_scale: float = 1.0
     meta_lr: float = 0.1
     interval: int = 10
