@@ -46,7 +46,7 @@ KFAC_ = Method(
     tuple(
         KFAC(lr, damping, momentum=0.0)
         for lr in (0.1, 0.03, 0.01)
-        for damping in (1e-4, 1e-6, 1e-8, 1e-10)
+        for damping in (1e-4, 1e-6, 1e-8, 1e-10, 1e-12)
     ),
 )
 APO = Method(
@@ -54,7 +54,7 @@ APO = Method(
     tuple(
         APOPrecond(initial_lr, meta_lr=meta_lr, warmup_steps=300, warmup_lr=0.3)
         for initial_lr in (0.5, 1.0, 2.0)
-        for meta_lr in (3e-4, 1e-3, 3e-3)
+        for meta_lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
     ),
 )
 METHODS = (SGDM, ADAM, SHAMPOO, KFAC_, APO)

@@ -39,7 +39,7 @@ FINE_POINTS = 15
 COARSE = Method(
     "SGD", tuple(SGD(lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1))
 )
-INITIAL_RATES = (1e-6, 1e-5, 1e-4, 1e-3)
+INITIAL_RATES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3)
 APO_RATE = {
     interval: Method(
         f"APO learning rate, K = {interval}",
@@ -128,7 +128,7 @@ class RosenbrockFigure(Experiment):
     scales = MappingProxyType(
         {
             "smoke": "600 steps, thinned grids",
-            "default": "10,000 steps, float64; 9 + 15 fixed rates, 32 recipes of APO",
+            "default": "10,000 steps, float64; 9 + 15 fixed rates, 36 recipes of APO",
             "paper": "20,000 steps (the paper does not say how many)",
         }
     )
