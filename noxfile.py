@@ -1,4 +1,5 @@
-"""The commands: `nox -s verify`; experiments, conformance, oracle, peers, mutate, detect, lint."""
+"""The commands: `nox -s verify`, experiments, conformance, oracle, peers, mutate, detect, coverage,
+lint."""
 
 from __future__ import annotations
 
@@ -99,6 +100,26 @@ def detect(session: nox.Session) -> None:
     install(session, "-e", ".[verify]")
     arguments = session.posargs or ["--jobs", str(os.cpu_count() or 1)]
     session.run("python", "-m", "verification.detection", *arguments, env=ONE_THREAD)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Measure which lines and branches of the engine and the oracle the suite runs.
+
+    Writes results/coverage and verification/reports/coverage.md, and fails where a line has neither
+    run nor a reason. Takes pytest's arguments, and then only prints:
+    `nox -s coverage -- verification/l0_oracle`.
+    """
+    install(session, "-e", ".[peers,coverage]")
+    session.run("coverage", "erase")
+    arguments = ["-n", "auto", "--dist", "worksteal", "--hypothesis-profile", "quick"]
+    session.run("coverage", "run", "-m", "pytest", *arguments, *session.posargs, env=ONE_THREAD)
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "html", "--quiet", "--directory", "results/coverage")
+    session.run("coverage", "report")
+    if not session.posargs:
+        session.run("coverage", "json", "--quiet", "-o", "results/coverage.json")
+        session.run("python", "-m", "verification.coverage_report", "results/coverage.json")
 
 
 @nox.session

@@ -49,6 +49,7 @@ class Measured:
         rejected: examples that `assume` rejected.
         comparisons: calls of `assert_close` that allow an error.
         worst: their largest error/tolerance.
+        reason: why its tolerance may be loose, from `@pytest.mark.loose`.
     """
 
     outcome: str
@@ -57,6 +58,7 @@ class Measured:
     rejected: int = 0
     comparisons: int = 0
     worst: float | None = None
+    reason: str | None = None
 
 
 @final
@@ -127,6 +129,7 @@ class Ledger:
                 "comparisons": sum(m.comparisons for m in mine),
                 "worst": _worst(mine),
                 "loose": _loose(mine),
+                "reason": next((m.reason for m in mine if m.reason), None),
             }
             for name, mine in cases.items()
         ]
@@ -135,6 +138,7 @@ class Ledger:
     def document(self) -> dict[str, Any]:
         """The whole run as plain data."""
         measured, properties = list(self.measured.values()), self.properties()
+        loose = [row for row in properties if row["loose"]]
         return {
             "profile": settings.get_current_profile_name(),
             "seconds": round(time.perf_counter() - self.started, 3),
@@ -143,7 +147,8 @@ class Ledger:
             "rejected": sum(m.rejected for m in measured),
             "comparisons": sum(m.comparisons for m in measured),
             "worst": _worst(measured),
-            "loose": sorted(row["name"] for row in properties if row["loose"]),
+            "loose": sorted(row["name"] for row in loose if not row["reason"]),
+            "explained": sorted(row["name"] for row in loose if row["reason"]),
             "faults": self.faults,
             "claims": self.rows(),
             "properties": properties,
@@ -176,6 +181,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Read the claims, on the controlling process alone."""
+    config.addinivalue_line(
+        "markers", "loose(reason): why nothing comes near this property's tolerance"
+    )
     if hasattr(config, "workerinput"):
         return
     try:
@@ -200,6 +208,8 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
         if handle is not None and inner is not None:
             handle.inner_test = inner
         shown = {**counts, "comparisons": worst.comparisons, "worst": worst.value}
+        marker = item.get_closest_marker("loose")
+        shown["reason"] = marker.args[0] if marker is not None else None
         item.user_properties.append((_PROPERTY, shown))
 
 

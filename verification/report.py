@@ -27,6 +27,7 @@ Document = dict[str, Any]
 Row = tuple[str, ...]
 
 CLAIM_HEADS = ("id", "claim", "status", "evidence", "examples", "worst e/t")
+REASON_HEADS = ("property", "why nothing comes near its tolerance", "worst e/t")
 PROPERTY_HEADS = ("property", "seconds", "examples", "compared", "worst e/t")
 
 STYLE = """
@@ -67,8 +68,9 @@ def figures(document: Document) -> list[str]:
     return [
         f"{len(claims)} claims: "
         + ", ".join(f"{n} {status}" for status, n in sorted(tally.items())),
-        f"{len(document['loose'])} loose of {compared:,} properties with a tolerance: "
-        f"error/tolerance below {LOOSE:g} in all of {LOOSE_AFTER} comparisons or more",
+        f"{len(document['loose'])} loose of {compared:,} properties with a tolerance "
+        f"({len(document['explained'])} more for a reason): below {LOOSE:g} in all of "
+        f"{LOOSE_AFTER} comparisons or more",
         f"{len(document['tests']):,} tests of {len(properties):,} properties, "
         f"{document['examples']:,} Hypothesis examples ({document['rejected']:,} more rejected), "
         f"profile {document['profile']}",
@@ -98,7 +100,9 @@ def claim_cells(row: dict[str, Any]) -> Row:
 
 def property_cells(row: dict[str, Any]) -> Row:
     """A property, as `PROPERTY_HEADS`; its failures and looseness are told in words."""
-    remarks = [f"{row['failed']} FAILED"] * (row["failed"] > 0) + ["loose"] * row["loose"]
+    remarks = [f"{row['failed']} FAILED"] * (row["failed"] > 0)
+    if row["loose"]:
+        remarks.append("loose for a reason" if row["reason"] else "loose")
     name = row["name"].removeprefix("verification/")
     return (
         f"{name} ({', '.join(remarks)})" if remarks else name,
@@ -144,7 +148,12 @@ def _cut(text: str, width: int) -> str:
 def page(document: Document) -> str:
     """The run as an HTML document that needs no other file and no script."""
     properties = document["properties"]
-    loose = [property_cells(row) for row in properties if row["loose"]]
+    loose = [property_cells(row) for row in properties if row["loose"] and not row["reason"]]
+    explained = [
+        (property_cells(row)[0], row["reason"], _ratio(row["worst"]))
+        for row in properties
+        if row["loose"] and row["reason"]
+    ]
     by_name = sorted(properties, key=lambda row: row["name"])
     sections = [
         ("The claims", _html(CLAIM_HEADS, map(claim_cells, document["claims"]), numbers=3)),
@@ -155,6 +164,10 @@ def page(document: Document) -> str:
         (
             "Tolerances that may be too loose",
             _html(PROPERTY_HEADS, loose) if loose else "<p>None.</p>",
+        ),
+        (
+            "Loose for a reason",
+            _html(REASON_HEADS, explained, numbers=2) if explained else "<p>None.</p>",
         ),
         (
             "Every property",

@@ -106,6 +106,22 @@ COMPLEX_STEP = Tolerance(
     ),
 )
 
+PROPAGATED = Tolerance(
+    "PROPAGATED",
+    "`scale` is itself the error of one side to first order, in units of u, carried through "
+    "operation by operation (verification/l0_oracle/rounding.py); both sides err: 2 u = eps.",
+    lambda eps, condition, size, iterations: iterations * size * eps * condition,
+)
+
+PROPAGATED_COMPLEX = Tolerance(
+    "PROPAGATED_COMPLEX",
+    "PROPAGATED where one side is a complex step: there a product costs sqrt(5) u instead of u "
+    "and a function 8 ulp instead of 4, so that side errs by at most sqrt(5) u times `scale`.",
+    lambda eps, condition, size, iterations: (
+        iterations * size * (1.0 + math.sqrt(5.0)) / 2.0 * eps * condition
+    ),
+)
+
 CENTRAL_DIFFERENCE = Tolerance(
     "CENTRAL_DIFFERENCE",
     "(f(x + h) - f(x - h)) / 2h with h = eps^(1/3): truncation h^2 / 6 |f'''| and rounding "

@@ -52,6 +52,10 @@ def flat(tensors: list[Tensor]) -> Any:
     return torch.cat([t.detach().reshape(-1) for t in tensors]).numpy()
 
 
+@pytest.mark.loose(
+    "‖H‖ ≤ 10 is for inputs of order 3 that all point one way; random ones bend the loss far less, "
+    "and nearly all operations are the same on both sides."
+)
 @share(0.5)
 @given(seed=seeds, slow=rates, fast=rates, nesterov=st.booleans())
 def test_with_phi_frozen_two_rates_are_torchs_parameter_groups(
@@ -116,6 +120,10 @@ def test_one_group_is_the_rule_itself_bit_for_bit(name: str, seed: int) -> None:
     assert all(map(torch.equal, *results))
 
 
+@pytest.mark.loose(
+    "‖H‖ ≤ 10 is for inputs of order 3 that all point one way; random ones bend the loss far less, "
+    "and nearly all operations are the same on both sides."
+)
 @given(seed=seeds, slow=rates, fast=rates)
 def test_the_meta_gradient_is_that_of_the_unrolled_step(
     seed: int, slow: float, fast: float

@@ -26,6 +26,9 @@ FSDS = ("exact", "quadratic")
 Result = tuple[float, np.ndarray]
 
 seeds = st.integers(0, 2**16)
+same_outputs = pytest.mark.loose(
+    "Both sides have the same outputs, nearly to the bit; only the last sums are in another order."
+)
 
 
 class TwoHeads(nn.Module):
@@ -107,6 +110,7 @@ FORMS: dict[str, tuple[Callable[[Tensor, Tensor], Any], Any]] = {
 }
 
 
+@same_outputs
 @pytest.mark.parametrize("fsd", FSDS)
 @pytest.mark.parametrize("form", FORMS)
 @given(seed=seeds)
@@ -119,6 +123,7 @@ def test_each_output_has_its_discrepancy_and_they_are_summed(
     assert_same(result(seed, returned, discrepancy, fsd), expected)
 
 
+@same_outputs
 @pytest.mark.parametrize("fsd", FSDS)
 @given(seed=seeds)
 @share(0.25)
@@ -153,6 +158,7 @@ def random_mask(seed: int, shape: tuple[int, ...]) -> Tensor:
     return mask
 
 
+@same_outputs
 @pytest.mark.parametrize("fsd", FSDS)
 @pytest.mark.parametrize("shape", [(3,), (3, 4)], ids=["examples", "tokens"])
 @given(seed=seeds)
@@ -167,6 +173,7 @@ def test_a_mask_is_the_mean_over_what_it_leaves(
     assert_same(result(seed, masked, "kl", fsd), expected)
 
 
+@same_outputs
 @pytest.mark.parametrize("fsd", FSDS)
 @given(seed=seeds, factor=st.sampled_from([0.25, 1.0, 3.0]))
 @share(0.25)
@@ -182,6 +189,7 @@ def test_a_weight_of_n_is_n_examples(fsd: str, seed: int, factor: float) -> None
     assert_same(result(seed, lambda a, b: apo.Masked(a, factor * counts), "kl", fsd), repeated)
 
 
+@same_outputs
 @pytest.mark.parametrize("fsd", FSDS)
 @given(seed=seeds)
 @share(0.25)

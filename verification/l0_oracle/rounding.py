@@ -9,8 +9,8 @@ Every activation has slope at most 1 and curvature at most 1, so an error e_s of
 moves a by e_s and the slope by e_s. A sum of k products adds k + 2 roundings of its absolute terms,
 and a vectorized function keeps 4 ulp (8 units); a slope is made of two of them.
 
-The norms of these bounds are the `scale` of `assert_close`: what the terms, intermediate ones
-included, amount to where they cancel in the result.
+The norms of these bounds are the `scale` of PROPAGATED: what the errors of all intermediate terms
+amount to in the result.
 """
 
 from typing import NamedTuple
@@ -58,6 +58,11 @@ def pass_errors(network: Network, theta: Array, X: Array) -> PassErrors:
     )
 
 
+def from_here(passes: PassErrors) -> PassErrors:
+    """The same passes without errors: where both sides start from these very z and J."""
+    return passes._replace(e_z=0.0 * passes.e_z, e_J=0.0 * passes.e_J)
+
+
 def gradient_error(passes: PassErrors, dz: Array, e_dz: Array) -> float:
     """Norm of the bound for E[J^T dz], in units of u; with `dz` (N, C) and its own bound."""
     terms = np.einsum("nci,nc->i", passes.e_J, np.abs(dz)) + np.einsum(
@@ -69,6 +74,26 @@ def gradient_error(passes: PassErrors, dz: Array, e_dz: Array) -> float:
 def loss_gradient_error(passes: PassErrors, dz: Array) -> Array:
     """Bound for dL/dz: L has curvature at most 1, z - t or p - e_t is one sum more."""
     return passes.e_z + 8.0 * (1.0 + np.abs(passes.z)) + np.abs(dz)
+
+
+def loss_value_error(passes: PassErrors, dz: Array, values: Array) -> float:
+    """Bound for J_B = E[L]: z known to e_z, L's own terms and functions, and the mean of N."""
+    dz, size = np.abs(dz), 1.0 + np.abs(passes.z)
+    known = np.sum(dz * (passes.e_z + 2.0 * size + dz), axis=1)
+    own = (dz.shape[1] + 16) * (np.abs(values) + np.max(size, axis=1))
+    return float(np.mean(known + own + len(dz) * np.abs(values)))
+
+
+def divergence_value_error(passes: PassErrors, current: PassErrors) -> float:
+    """Bound for E[rho]: z and z0 known to e_z, where rho rises by at most its gradient's bound.
+
+    Its own terms are products of two outputs at most, or of an output and a probability.
+    """
+    N, C = passes.z.shape
+    spread = np.max(np.abs(passes.z - current.z), axis=1)
+    size = 1.0 + np.linalg.norm(passes.z, axis=1) + np.linalg.norm(current.z, axis=1)
+    known = np.max(passes.e_z + current.e_z, axis=1)
+    return float(np.mean(spread * (2.0 + 4.0 * spread) * C * known + (C + N + 16) * size**2))
 
 
 def divergence_gradient_error(passes: PassErrors, current: PassErrors) -> Array:
@@ -108,15 +133,13 @@ def meta_value_error(
     total = 0.0
     for u in (theta, lookahead):
         passes = pass_errors(network, u, batch.inputs)
-        dL = np.abs(loss.gradient(passes.z, batch.targets))
-        terms = 8.0 * (1.0 + np.abs(passes.z)) * (1.0 + dL)
-        total += float(np.sum(dL * passes.e_z + terms * (1.0 + dL)))
+        dL, values = (f(passes.z, batch.targets) for f in (loss.gradient, loss.value))
+        total += loss_value_error(passes, dL, values)
     here = pass_errors(network, lookahead, fsd_inputs)
     there = pass_errors(network, theta, fsd_inputs)
-    # rho is an integral of its gradient from z0 to z, whose error is bounded along the way.
-    away = np.abs(here.z) + np.abs(there.z) + 1.0
-    fsd = float(np.sum((divergence_gradient_error(here, there) + here.e_z) * away))
-    wsd = float(np.sum((np.abs(lookahead) + np.abs(theta)) ** 2)) * len(lookahead)
+    d = lookahead - theta
+    wsd = (len(d) + 4) * float(d @ d)
+    fsd = divergence_value_error(here, there)
     return total + objective.fsd_weight * fsd + objective.wsd_weight * wsd
 
 

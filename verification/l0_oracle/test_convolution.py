@@ -24,7 +24,14 @@ from reference.convolution import ConvNet, Image, patch_selection
 from verification.l0_oracle.rounding import pass_errors
 from verification.strategies import conv_nets, parameters
 from verification.strategies.spd import rotation
-from verification.tolerances import BITWISE, COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
+from verification.tolerances import (
+    BITWISE,
+    FUNCTION,
+    PROPAGATED,
+    PROPAGATED_COMPLEX,
+    ROUNDING,
+    assert_close,
+)
 
 seeds = st.integers(0, 2**16)
 
@@ -72,7 +79,7 @@ def test_outputs_are_those_of_scipy_correlate(data: st.DataObject) -> None:
         rows.append(last.weight_matrix(theta) @ image.ravel() + bias)
     errors = pass_errors(network, theta, X)
     scale = float(np.linalg.norm(errors.e_z))
-    assert_close(errors.z, np.stack(rows), FUNCTION, size=1, scale=scale, what="z")
+    assert_close(errors.z, np.stack(rows), PROPAGATED, size=1, scale=scale, what="z")
 
 
 @given(st.data())
@@ -82,7 +89,7 @@ def test_jacobian_is_the_complex_step_of_the_outputs(data: st.DataObject) -> Non
     errors = pass_errors(network, theta, X)
     scale = float(np.linalg.norm(errors.e_J))
     expected = numeric.reshape(errors.J.shape)
-    assert_close(errors.J, expected, COMPLEX_STEP, size=1, scale=scale, what="J")
+    assert_close(errors.J, expected, PROPAGATED_COMPLEX, size=1, scale=scale, what="J")
 
 
 @given(st.data())
@@ -98,7 +105,7 @@ def test_one_position_is_a_dense_layer(data: st.DataObject) -> None:
     X = np.random.default_rng(data.draw(seeds, label="seed")).standard_normal((3, conv.input_size))
     errors, rho = pass_errors(dense, theta, X), SquaredEuclidean()
     scale = float(np.linalg.norm(errors.e_J))
-    assert_close(conv.jacobian(theta, X), errors.J, FUNCTION, size=1, scale=scale, what="J")
+    assert_close(conv.jacobian(theta, X), errors.J, PROPAGATED, size=1, scale=scale, what="J")
     # B's terms are products of two derivatives, and A's of two activations.
     products = scale * (1.0 + float(np.linalg.norm(errors.J)))
     products += float(np.sum(np.abs(dense.trace(theta, X).layer_inputs[1]) ** 2))

@@ -30,7 +30,15 @@ from verification.strategies import (
     parameters,
 )
 from verification.strategies.outputs import output_shape, outputs, targets
-from verification.tolerances import BITWISE, COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
+from verification.tolerances import (
+    BITWISE,
+    COMPLEX_STEP,
+    FUNCTION,
+    PROPAGATED,
+    PROPAGATED_COMPLEX,
+    ROUNDING,
+    assert_close,
+)
 
 logits_seed = st.integers(0, 2**16)
 spreads = st.floats(0.0, 30.0)
@@ -189,7 +197,7 @@ def test_cost_gradient_is_the_complex_step_of_the_cost(case) -> None:
     dL = problem.loss.gradient(passes.z, batch.targets)
     scale = gradient_error(passes, dL, loss_gradient_error(passes, dL))
     g = problem.gradient(theta, *batch)
-    assert_close(g, numeric, COMPLEX_STEP, size=1, scale=scale, what="g")
+    assert_close(g, numeric, PROPAGATED_COMPLEX, size=1, scale=scale, what="g")
 
 
 @given(case=meta_cases())
@@ -201,10 +209,10 @@ def test_cost_gradient_is_the_mean_of_the_examples(case) -> None:
     dL = case.problem.loss.gradient(passes.z, T)
     scale = gradient_error(passes, dL, loss_gradient_error(passes, dL))
     assert_close(
-        each, np.stack(alone), ROUNDING, size=1, scale=scale * len(X), what="example gradients"
+        each, np.stack(alone), PROPAGATED, size=1, scale=scale * len(X), what="example gradients"
     )
     assert_close(
-        case.gradient, np.mean(alone, axis=0), ROUNDING, size=1, scale=scale, what="gradient"
+        case.gradient, np.mean(alone, axis=0), PROPAGATED, size=1, scale=scale, what="gradient"
     )
 
 
@@ -237,12 +245,12 @@ def test_cost_derivatives_equal_differences_in_fifty_digits(name: str, data: st.
     scale = gradient_error(passes, dL, loss_gradient_error(passes, dL))
     error_of_value = float(np.sum((np.abs(dL) + 1.0) * (passes.e_z + np.abs(passes.z) + 8.0)))
     assert_close(
-        problem.value(theta, *batch), value, FUNCTION, size=1, scale=error_of_value, what="J_B"
+        problem.value(theta, *batch), value, PROPAGATED, size=1, scale=error_of_value, what="J_B"
     )
     assert_close(
         problem.gradient(theta, *batch),
         hp.gradient(cost, point),
-        FUNCTION,
+        PROPAGATED,
         size=1,
         scale=scale,
         what="g",
@@ -265,7 +273,7 @@ def test_cost_derivatives_equal_differences_in_fifty_digits(name: str, data: st.
 @given(seed=logits_seed)
 def test_squared_error_of_a_perfect_fit_is_zero(seed: int) -> None:
     z, _ = draw_outputs("squared_error", seed, 1.0)
-    assert_close(SquaredError().value(z, z), np.zeros(len(z)), ROUNDING, what="L(z, z)")
+    assert_close(SquaredError().value(z, z), np.zeros(len(z)), BITWISE, what="L(z, z)")
 
 
 def test_losses_check_their_targets() -> None:

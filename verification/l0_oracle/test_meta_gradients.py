@@ -31,7 +31,7 @@ from reference.arrays import Array
 from reference.update_rules import EKFACBlocks
 from verification.l0_oracle.rounding import meta_gradient_error
 from verification.strategies import MetaCase, meta_cases, rates, scaled_normals
-from verification.tolerances import COMPLEX_STEP, ROUNDING, assert_close
+from verification.tolerances import COMPLEX_STEP, PROPAGATED_COMPLEX, ROUNDING, assert_close
 
 seeds = st.integers(0, 2**16)
 
@@ -41,11 +41,18 @@ def total(case: MetaCase, lookahead: Array) -> Array:
     return case.objective().terms(case.theta, lookahead, case.batch, case.other.inputs).total[None]
 
 
-def gradient_at(case: MetaCase, lookahead: Array) -> tuple[Array, float]:
-    """q, and the norm of its rounding bound with one unit more for the product with q."""
-    args = case.theta, lookahead, case.batch, case.other.inputs
-    q = case.objective().lookahead_gradient(*args)
-    return q, meta_gradient_error(case.objective(), *args) + float(np.linalg.norm(q))
+def gradient_at(case: MetaCase, lookahead: Array, e_lookahead: Array) -> tuple[Array, float]:
+    """q, and the norm of its rounding bound in units of u, with theta' known to `e_lookahead`.
+
+    The product with q adds the sums of its own, of at most 4 n terms.
+    """
+    args = case.batch, case.other.inputs
+    objective, theta = case.objective(), case.theta
+    q = objective.lookahead_gradient(theta, lookahead, *args)
+    H_Q = complex_step_jacobian(lambda u: objective.lookahead_gradient(theta, u, *args), lookahead)
+    error = meta_gradient_error(objective, theta, lookahead, *args)
+    error += float(np.linalg.norm(np.abs(H_Q) @ (np.abs(theta) + e_lookahead)))
+    return q, error + (4 * len(q) + 20) * float(np.linalg.norm(q))
 
 
 @given(case=meta_cases(), eta=rates())
@@ -54,12 +61,14 @@ def test_log_learning_rate(case: MetaCase, eta: float) -> None:
     numeric = complex_step_jacobian(
         lambda phi: total(case, sgd(case.theta, g, np.exp(phi[0]))), np.array([log_eta])
     )[0, 0]
-    q, error = gradient_at(case, sgd(case.theta, g, np.exp(log_eta)))
+    q, error = gradient_at(
+        case, sgd(case.theta, g, np.exp(log_eta)), 20 * np.exp(log_eta) * np.abs(g)
+    )
     assert_close(
         np.float64(log_lr_gradient(q, g, log_eta)),
         np.float64(numeric),
-        COMPLEX_STEP,
-        size=len(g),
+        PROPAGATED_COMPLEX,
+        size=1,
         scale=np.exp(log_eta) * float(np.linalg.norm(g)) * error,
         what="dQ/d log eta",
     )
@@ -77,12 +86,13 @@ def test_log_learning_rate_under_nesterov_momentum(
         np.array([log_eta]),
     )[0, 0]
     direction = g + mu * (mu * v + g)
-    q, error = gradient_at(case, case.theta - np.exp(log_eta) * direction)
+    terms = 20 * np.exp(log_eta) * (2 * np.abs(g) + np.abs(v))
+    q, error = gradient_at(case, case.theta - np.exp(log_eta) * direction, terms)
     assert_close(
         np.float64(log_lr_gradient(q, direction, log_eta)),
         np.float64(numeric),
-        COMPLEX_STEP,
-        size=len(g),
+        PROPAGATED_COMPLEX,
+        size=1,
         scale=np.exp(log_eta) * float(np.linalg.norm(np.abs(g) + np.abs(v))) * 2 * error,
         what="dQ/d log eta",
     )
@@ -96,12 +106,12 @@ def test_log_learning_rate_of_each_layer(case: MetaCase, eta: float, seed: int) 
     def lookahead(phi: Array) -> Array:
         return sgd_per_layer(case.theta, g, np.exp(phi), layers)
 
-    q, error = gradient_at(case, lookahead(log_eta))
+    q, error = gradient_at(case, lookahead(log_eta), 20 * np.exp(log_eta).max() * np.abs(g))
     assert_close(
         per_layer_log_lr_gradient(q, g, log_eta, layers),
         complex_step_jacobian(lambda phi: total(case, lookahead(phi)), log_eta)[0],
-        COMPLEX_STEP,
-        size=len(g),
+        PROPAGATED_COMPLEX,
+        size=1,
         scale=float(np.exp(log_eta).max() * np.linalg.norm(g)) * error,
         what="dQ/d log eta",
     )
@@ -114,12 +124,13 @@ def test_dense_preconditioner(case: MetaCase, step) -> None:
     numeric = complex_step_jacobian(
         lambda phi: total(case, preconditioned(case.theta, g, phi.reshape(n, n))), P.ravel()
     )
-    q, error = gradient_at(case, preconditioned(case.theta, g, P))
+    terms = (n + 3) * np.abs(P) @ np.abs(g)
+    q, error = gradient_at(case, preconditioned(case.theta, g, P), terms)
     assert_close(
         dense_gradient(q, g),
         numeric.reshape(n, n),
-        COMPLEX_STEP,
-        size=n,
+        PROPAGATED_COMPLEX,
+        size=1,
         scale=float(np.linalg.norm(g)) * error,
         what="dQ/dP",
     )
@@ -130,12 +141,12 @@ def test_diagonal_preconditioner(case: MetaCase, step) -> None:
     g = case.gradient
     s = step.around(np.ones(len(g)))
     numeric = complex_step_jacobian(lambda phi: total(case, case.theta - phi**2 * g), s)
-    q, error = gradient_at(case, case.theta - s**2 * g)
+    q, error = gradient_at(case, case.theta - s**2 * g, 5 * s**2 * np.abs(g))
     assert_close(
         diagonal_gradient(q, g, s),
         numeric[0],
-        COMPLEX_STEP,
-        size=2,
+        PROPAGATED_COMPLEX,
+        size=1,
         scale=2.0 * float(np.linalg.norm(s * g)) * error,
         what="dQ/ds",
     )
@@ -153,16 +164,23 @@ def test_ekfac_blocks(case: MetaCase, step) -> None:
         P = ekfac_preconditioner(network.layers, chosen, scales)
         return preconditioned(case.theta, g, P)
 
-    q, error = gradient_at(case, lookahead(0, blocks[0]))
+    moduli = [EKFACBlocks(*map(np.abs, block)) for block in blocks]
+    terms = ekfac_preconditioner(network.layers, moduli, scales) @ np.abs(g)
+    q, error = gradient_at(case, lookahead(0, blocks[0]), (2 * len(g) + 12) * terms)
     for k, (layer, block) in enumerate(zip(network.layers, blocks, strict=True)):
         R, V = layer.weight_matrix(q), layer.weight_matrix(g)
         by_hand = ekfac_gradient(R, V, *block)
-        # d theta'/d(A, B, S) with every factor replaced by its modulus.
-        a, b, s, v = (np.abs(x) for x in (*block, V))
-        size = np.linalg.norm(b) ** 2 * np.linalg.norm(a) ** 2 * np.linalg.norm(s) ** 2
-        scale = 2.0 * float((1.0 + size) * np.linalg.norm(v)) * error
         for name in EKFACBlocks._fields:
             value = getattr(block, name)
+            # d theta'/d(A, B, S) with every factor replaced by its modulus.
+            reach = complex_step_jacobian(
+                lambda phi, name=name, V=V, k=k, value=value: vec(
+                    ekfac_product(
+                        *moduli[k]._replace(**{name: phi.reshape(value.shape)}), np.abs(V)
+                    )
+                ),
+                np.abs(value).ravel(),
+            )
             numeric = complex_step_jacobian(
                 lambda phi, name=name, k=k, block=block, value=value: total(
                     case, lookahead(k, block._replace(**{name: phi.reshape(value.shape)}))
@@ -172,9 +190,9 @@ def test_ekfac_blocks(case: MetaCase, step) -> None:
             assert_close(
                 getattr(by_hand, name),
                 numeric.reshape(value.shape),
-                COMPLEX_STEP,
-                size=network.size,
-                scale=scale,
+                PROPAGATED_COMPLEX,
+                size=1,
+                scale=float(np.linalg.norm(reach, 2)) * error,
                 what=f"dQ/d{name} of layer {k}",
             )
 
@@ -184,7 +202,7 @@ def test_ekfac_gradient_is_homogeneous(case: MetaCase, step) -> None:
     """P_S is of degree 2 in each of A, B, S, so <dQ/dA, A> = <dQ/dB, B> = <dQ/dS, S> (Euler)."""
     layer = case.problem.network.layers[0]
     block = step.blocks([layer])[0]
-    q, _ = gradient_at(case, case.theta)
+    q = case.objective().lookahead_gradient(case.theta, case.theta, case.batch, case.other.inputs)
     R, V = layer.weight_matrix(q), layer.weight_matrix(case.gradient)
     by_hand = ekfac_gradient(R, V, *block)
     expected = np.float64(-2.0 * vec(R) @ vec(ekfac_product(block.A, block.B, block.S, V)))

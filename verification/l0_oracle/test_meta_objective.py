@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from reference import (
@@ -18,14 +18,25 @@ from reference import (
     proximity_matrix,
 )
 from reference.arrays import Array
+from reference.problem import Batch
 from verification.l0_oracle import high_precision as hp
-from verification.l0_oracle.rounding import meta_gradient_error, meta_value_error
+from verification.l0_oracle.rounding import (
+    divergence_value_error,
+    gradient_error,
+    loss_gradient_error,
+    loss_value_error,
+    meta_gradient_error,
+    meta_value_error,
+    pass_errors,
+)
 from verification.profiles import share
 from verification.strategies import (
     DISCREPANCIES,
     LOSSES,
     SMOOTH,
     MetaCase,
+    ProximityWeights,
+    ScaledNormal,
     batches,
     meta_cases,
     networks,
@@ -33,7 +44,7 @@ from verification.strategies import (
     proximity_weights,
     scaled_normals,
 )
-from verification.tolerances import BITWISE, COMPLEX_STEP, FUNCTION, ROUNDING, assert_close
+from verification.tolerances import BITWISE, PROPAGATED, PROPAGATED_COMPLEX, ROUNDING, assert_close
 
 
 def value_error(case: MetaCase, lookahead: Array) -> float:
@@ -54,15 +65,21 @@ def test_terms_are_the_three_weighted_addends(case: MetaCase, step) -> None:
         case.discrepancy.value(network.outputs(u, x[None]), network.outputs(case.theta, x[None]))[0]
         for x in case.other.inputs
     ]
-    scale = value_error(case, u)
+    here, there = (pass_errors(network, v, case.other.inputs) for v in (u, case.theta))
+    passes = pass_errors(network, u, X)
+    fsd, wsd = case.weights
+    moved = sum((a - b) ** 2 for a, b in zip(u, case.theta, strict=True)) / 2
     expected = {
-        "loss": np.mean(losses),
-        "fsd": case.weights.fsd * np.mean(divergences),
-        "wsd": case.weights.wsd * sum((a - b) ** 2 for a, b in zip(u, case.theta, strict=True)) / 2,
+        "loss": (
+            np.mean(losses),
+            loss_value_error(passes, loss.gradient(passes.z, T), np.array(losses)),
+        ),
+        "fsd": (fsd * np.mean(divergences), fsd * divergence_value_error(here, there)),
+        "wsd": (wsd * moved, (len(u) + 4) * wsd * moved),
     }
-    for name, value in expected.items():
+    for name, (value, scale) in expected.items():
         actual = np.float64(getattr(terms, name))
-        assert_close(actual, np.float64(value), ROUNDING, size=1, scale=scale, what=name)
+        assert_close(actual, np.float64(value), PROPAGATED, size=1, scale=scale, what=name)
     assert terms.total == terms.loss + terms.fsd + terms.wsd
 
 
@@ -74,7 +91,7 @@ def test_q_is_the_complex_step_of_the_total(case: MetaCase, step) -> None:
     assert_close(
         objective.lookahead_gradient(case.theta, u, *args),
         numeric[0],
-        COMPLEX_STEP,
+        PROPAGATED_COMPLEX,
         size=1,
         scale=meta_gradient_error(objective, case.theta, u, *args),
         what="q",
@@ -91,6 +108,46 @@ def loss_curvature_size(case: MetaCase, d: Array) -> float:
         [1.0 + np.linalg.norm(case.theta[layer.parameters]) for layer in network.layers]
     )
     return float((paths * (1.0 + np.abs(X).max())) ** 2 * (1.0 + np.abs(d).sum()) ** 2)
+
+
+def slope_error(case: MetaCase, d: Array) -> float:
+    """Bound for g^T d."""
+    loss, (X, T) = case.problem.loss, case.batch
+    passes = pass_errors(case.problem.network, case.theta, X)
+    dL = loss.gradient(passes.z, T)
+    e_g = gradient_error(passes, dL, loss_gradient_error(passes, dL))
+    return e_g * float(np.linalg.norm(d)) + (len(d) + 2) * float(np.abs(case.gradient) @ d)
+
+
+def gauss_newton_error(case: MetaCase, d: Array) -> float:
+    """Bound for 1/2 d^T G_J d: J, and |d^2 L/dz^2| <= 1 known to e_z."""
+    passes = pass_errors(case.problem.network, case.theta, case.batch.inputs)
+    N, C = passes.z.shape
+    known = np.max(passes.e_z + 16.0 * (1.0 + np.abs(passes.z)), axis=1) + len(d) + 2 * C + N
+    change = np.abs(passes.J) @ d  # (N, C)
+    bend = np.sum(change, axis=1) * np.sum(change * known[:, None] + 2 * passes.e_J @ d, axis=1)
+    return float(np.mean(bend))
+
+
+def bend_error(case: MetaCase, d: Array) -> float:
+    """Bound for 1/2 d^T H d of an MLP: the moduli of J_B's second derivative along d.
+
+    z' and z'' are carried through with every term by its modulus and every slope and curvature at
+    most 1. An activation's own third derivative is at most 2: so much its error counts.
+    """
+    network, (X, T) = case.problem.network, case.batch
+    passes = pass_errors(network, case.theta, X)
+    inputs = [np.abs(a) for a in network.trace(case.theta, X).layer_inputs]
+    a1 = a2 = np.zeros_like(inputs[0])
+    s1 = s2 = np.zeros_like(passes.z)
+    for layer, a in zip(network.layers, inputs, strict=True):
+        W, dW = np.abs(layer.weight_matrix(case.theta)), layer.weight_matrix(d)
+        s1 = a1 @ W.T + a @ dW.T + (0.0 if layer.bias is None else d[layer.bias])
+        s2 = a2 @ W.T + 2.0 * a1 @ dW.T
+        a1, a2 = s1, s1**2 + s2
+    dL = np.abs(case.problem.loss.gradient(passes.z, T))
+    terms = float(np.mean(np.sum(dL * s2, axis=1) + np.sum(s1, axis=1) ** 2))
+    return terms * (2.0 * float(passes.e_z.max()) + 34.0 * len(inputs) + len(d) + len(X))
 
 
 approximations = pytest.mark.parametrize(
@@ -120,7 +177,7 @@ def test_q_of_half_an_approximation_is_the_complex_step_of_its_total(
     scale = curved + meta_gradient_error(case.objective(), case.theta, u, *args)
     scale += meta_gradient_error(case.objective(), case.theta, case.theta, *args)
     q = objective.lookahead_gradient(case.theta, u, *args)
-    assert_close(q, numeric[0], COMPLEX_STEP, size=1, scale=scale, what="q")
+    assert_close(q, numeric[0], PROPAGATED_COMPLEX, size=1, scale=scale, what="q")
 
 
 @given(case=meta_cases(kinds=["linear", "fixed-head"]), step=scaled_normals())
@@ -132,16 +189,30 @@ def test_on_linear_networks_both_quadratic_losses_agree(case: MetaCase, step) ->
     if isinstance(case.problem.loss, SquaredError):
         kinds.append("exact")
     first, *others = (case.objective(kind).terms(*args).loss for kind in kinds)
-    d = np.abs(u) + np.abs(case.theta)
-    size = value_error(case, u) + loss_curvature_size(case, d) * len(d)
+    d = np.abs(u - case.theta)
+    size = value_error(case, u) + slope_error(case, d) + gauss_newton_error(case, d)
     for kind, other in zip(kinds[1:], others, strict=True):
         assert_close(
-            np.float64(other), np.float64(first), COMPLEX_STEP, size=1, scale=size, what=kind
+            np.float64(other), np.float64(first), PROPAGATED_COMPLEX, size=1, scale=size, what=kind
         )
+
+
+# Where nothing is 0 or 1, and no layer so wide that its bound is far from what happens.
+ONE_UNIT = MetaCase(
+    Problem(MLP([1, 1, 1], bias=False), SquaredError()),
+    np.array([0.7, -0.9]),
+    Batch(np.array([[0.3]]), np.array([[0.6]])),
+    Batch(np.array([[0.4]]), np.array([[0.1]])),
+    CategoricalKL(),
+    ProximityWeights(0.1, 0.1),
+)
 
 
 @share(0.5)
 @given(case=meta_cases(kinds=["mlp"], smooth=True), step=scaled_normals())
+@example(case=ONE_UNIT, step=ScaledNormal(1.0, 1))
+@example(case=ONE_UNIT, step=ScaledNormal(1.0, 2))
+@example(case=ONE_UNIT, step=ScaledNormal(1.0, 3))
 def test_the_quadratic_loss_is_the_second_taylor_polynomial(case: MetaCase, step) -> None:
     """Along the step: J_B(theta) + J' + J''/2, with the derivatives from g at complex steps."""
     u = step.around(case.theta)
@@ -151,9 +222,16 @@ def test_the_quadratic_loss_is_the_second_taylor_polynomial(case: MetaCase, step
     bend = np.imag(problem.gradient(case.theta + 1j * h * d, *args)) @ d / h
     expected = problem.value(case.theta, *args) + slope + 0.5 * bend
     actual = case.objective("quadratic").terms(case.theta, u, args, case.other.inputs).loss
-    size = value_error(case, u) + loss_curvature_size(case, np.abs(d)) * len(d)
+    d = np.abs(d)
+    added = 4.0 * float(problem.value(case.theta, *args) + abs(slope) + abs(bend))
     assert_close(
-        np.float64(actual), np.float64(expected), COMPLEX_STEP, size=1, scale=size, what="loss"
+        np.float64(actual),
+        np.float64(expected),
+        PROPAGATED_COMPLEX,
+        size=1,
+        iterations=2,  # both sides take complex steps
+        scale=added + slope_error(case, d) + bend_error(case, d),
+        what="loss",
     )
 
 
@@ -169,9 +247,15 @@ def test_the_gauss_newton_loss_bends_with_the_outputs_alone(case: MetaCase, step
     slope = np.sum(problem.loss.gradient(z, T) * v)
     expected = problem.value(case.theta, X, T) + (slope + 0.5 * bend) / len(X)
     actual = case.objective("gauss_newton").terms(case.theta, u, case.batch, X).loss
-    size = value_error(case, u) + loss_curvature_size(case, np.abs(d)) * len(d)
+    size = value_error(case, case.theta) + slope_error(case, np.abs(d))
+    size += gauss_newton_error(case, np.abs(d))
     assert_close(
-        np.float64(actual), np.float64(expected), COMPLEX_STEP, size=1, scale=size, what="loss"
+        np.float64(actual),
+        np.float64(expected),
+        PROPAGATED_COMPLEX,
+        size=1,
+        scale=size,
+        what="loss",
     )
 
 
@@ -219,11 +303,11 @@ def test_q_and_its_terms_equal_differences_in_fifty_digits(data: st.DataObject) 
     with hp.context():
         exact = np.array(terms(hp.numbers(u)), dtype=float)
     actual = np.array(case.objective().terms(*args))
-    assert_close(actual, exact, FUNCTION, size=1, scale=value_error(case, u), what="terms")
+    assert_close(actual, exact, PROPAGATED, size=1, scale=value_error(case, u), what="terms")
     assert_close(
         case.objective().lookahead_gradient(*args),
         hp.gradient(lambda v: sum(terms(v)), hp.numbers(u)),
-        FUNCTION,
+        PROPAGATED,
         size=1,
         scale=meta_gradient_error(case.objective(), *args),
         what="q",
@@ -235,16 +319,9 @@ def test_without_a_step_q_is_the_cost_gradient(case: MetaCase) -> None:
     """At theta' = theta both proximity terms and their gradients vanish."""
     args = case.theta, case.theta, case.batch, case.other.inputs
     terms = case.objective().terms(*args)
-    scale = value_error(case, case.theta)
-    assert_close(np.array(terms[1:]), np.zeros(2), ROUNDING, size=1, scale=scale, what="proximity")
-    assert_close(
-        case.objective().lookahead_gradient(*args),
-        case.gradient,
-        ROUNDING,
-        size=1,
-        scale=meta_gradient_error(case.objective(), *args),
-        what="q",
-    )
+    assert_close(np.array(terms[1:]), np.zeros(2), BITWISE, what="proximity")
+    q = case.objective().lookahead_gradient(*args)
+    assert_close(q, case.gradient, BITWISE, what="q")
 
 
 @given(case=meta_cases(), step=scaled_normals())

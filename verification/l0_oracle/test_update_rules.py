@@ -145,8 +145,8 @@ def test_momentum_is_a_geometric_sum_of_gradients(
 def test_momentum_zero_is_sgd(seed: int, eta: float) -> None:
     theta, g, v = np.random.default_rng(seed).standard_normal((3, 4))
     plain = sgd(theta, g, eta)
-    assert_close(heavy_ball(theta, g, v, eta, 0.0).theta, plain, ROUNDING, what="heavy ball")
-    assert_close(nesterov(theta, g, v, eta, 0.0).theta, plain, ROUNDING, what="Nesterov")
+    assert_close(heavy_ball(theta, g, v, eta, 0.0).theta, plain, BITWISE, what="heavy ball")
+    assert_close(nesterov(theta, g, v, eta, 0.0).theta, plain, BITWISE, what="Nesterov")
 
 
 def test_blocks_are_checked() -> None:

@@ -6,8 +6,8 @@
 | d      | θ' − θ                                                                   | (n,)  |
 | H_Q    | ∂q/∂θ': how an error of the lookahead reaches q                           | (n, n) |
 
-They are the `scale` of `assert_close` with size 1: what the terms, intermediate ones included,
-amount to where they cancel in the result.
+They are the `scale` of PROPAGATED, with size 1: what the errors of all intermediate terms amount
+to in the result.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from reference.problem import complex_step_jacobian
 from verification.l0_oracle.rounding import (
     PassErrors,
     divergence_gradient_error,
+    divergence_value_error,
     gradient_error,
     loss_gradient_error,
+    loss_value_error,
     pass_errors,
 )
 from verification.strategies import MetaCase
@@ -80,13 +82,8 @@ def term_errors(
     n = len(d)
     if objective.loss == "exact":
         on_batch = pass_errors(network, lookahead, case.batch.inputs)
-        dL = np.abs(problem.loss.gradient(on_batch.z, case.batch.targets))
-        values = problem.loss.value(on_batch.z, case.batch.targets)
-        size = 1.0 + np.abs(on_batch.z)
-        loss = np.mean(
-            np.sum(dL * (on_batch.e_z + 2 * size + dL), axis=1)
-            + (dL.shape[1] + 16) * (np.abs(values) + np.max(size, axis=1))
-        )
+        dL = problem.loss.gradient(on_batch.z, case.batch.targets)
+        loss = loss_value_error(on_batch, dL, problem.loss.value(on_batch.z, case.batch.targets))
         loss += np.abs(problem.gradient(lookahead, *case.batch)) @ e_lookahead
     else:
         loss = np.abs(case.gradient) @ ((n + 4) * d + e_lookahead)
@@ -100,12 +97,7 @@ def term_errors(
     there = pass_errors(network, case.theta, case.other.inputs)
     if objective.fsd == "exact":
         here = pass_errors(network, lookahead, case.other.inputs)
-        spread = np.max(np.abs(here.z - there.z), axis=1)
-        size = 1.0 + np.linalg.norm(here.z, axis=1) + np.linalg.norm(there.z, axis=1)
-        own = np.max(here.e_z + there.e_z, axis=1)
-        fsd = np.mean(
-            spread * (2.0 + 4.0 * spread) * here.z.shape[1] * own + (here.z.shape[1] + 16) * size**2
-        )
+        fsd = divergence_value_error(here, there)
         slope = np.einsum("nci,nc->i", here.J, case.discrepancy.gradient(here.z, there.z))
         fsd += np.abs(slope) @ e_lookahead / len(here.z)
     else:
@@ -127,11 +119,13 @@ def _hessian_error(case: MetaCase, e_g: float) -> float:
 
     One derivative more: every term is differentiated, by a weight or by an activation, whose
     derivatives are at most 1; each layer has at most as many paths as it has weights. The oracle's
-    complex steps err by (√5 n + 16) eps, which is at most 5 eps (n + 4), ROUNDING's for size 1.
+    complex steps err by √5 n + 16.
     """
     theta, layers = case.theta, case.problem.network.layers
     paths = np.prod([1.0 + np.linalg.norm(theta[layer.parameters]) for layer in layers])
-    return float((len(theta) + 4) * e_g * paths * (1.0 + np.abs(case.batch.inputs).max()))
+    return float(
+        (np.sqrt(5.0) * len(theta) + 16) * e_g * paths * (1.0 + np.abs(case.batch.inputs).max())
+    )
 
 
 def _largest_step(case: MetaCase, lookahead: Array) -> Array:

@@ -20,7 +20,7 @@ from verification import bridge
 from verification.l1_values.twins import engine
 from verification.profiles import share
 from verification.strategies import MetaCase, meta_cases
-from verification.tolerances import COMPLEX_STEP, FUNCTION, assert_close
+from verification.tolerances import FUNCTION, PROPAGATED_COMPLEX, assert_close
 
 STEPS = 4
 BETAS = (0.8, 0.95)
@@ -140,13 +140,24 @@ def test_the_meta_gradient_is_the_oracles_complex_step(
     phi = phi_of(optimizer.rule)
     ahead = follow(name, case.theta, g, phi)
     q = g[-1] + (ahead - theta)
-    slopes = np.stack(
-        [np.imag(follow(name, case.theta, g, phi + 1e-30j * e)) / 1e-30 for e in np.eye(len(phi))]
+    slopes, unsigned = (
+        np.stack(
+            [
+                np.imag(follow(name, case.theta, gradients, phi + 1e-30j * e)) / 1e-30
+                for e in np.eye(len(phi))
+            ]
+        )
+        for gradients in (g, np.abs(g))  # of these no moment cancels
     )  # (k, n)
-    # The step errs by rounding of theta, to which q adds it; dθ'/dφ passes it on.
-    scale = (np.linalg.norm(q) + np.linalg.norm(case.theta) + 1.0) * (1.0 + np.linalg.norm(slopes))
+    # q errs by the rounding of θ, to which it adds the step; a slope by some ten functions.
+    passed_on = 2.0 * np.linalg.norm(case.theta) + (len(q) + 100) * np.linalg.norm(q)
     assert_close(
-        got, slopes @ q, COMPLEX_STEP, iterations=STEPS, size=8, scale=float(scale), what="dQ/dφ"
+        got,
+        slopes @ q,
+        PROPAGATED_COMPLEX,
+        size=1,
+        scale=float(np.linalg.norm(unsigned) * passed_on),
+        what="dQ/dφ",
     )
 
 

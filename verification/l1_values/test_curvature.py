@@ -24,7 +24,7 @@ from verification.strategies import (
     meta_cases,
 )
 from verification.strategies.outputs import exponentiated
-from verification.tolerances import ROUNDING, assert_close
+from verification.tolerances import PROPAGATED, assert_close
 
 # The divergence of the model's predictive distribution: G is then the Fisher.
 OWN_DIVERGENCE = [
@@ -92,7 +92,7 @@ def assert_is_the_ggn(case: MetaCase) -> None:
     assert_close(
         engine_curvature(case),
         fsd_hessian(case.problem.network, case.discrepancy, case.theta, case.other.inputs),
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=curvature_error(case),
         what="G",
@@ -131,7 +131,7 @@ def test_with_its_own_divergence_it_is_the_exact_fisher(
     assert_close(
         engine_curvature(case),
         exact_fisher(problem, case.theta, case.other.inputs),
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=fisher_error(case),
         what="F",

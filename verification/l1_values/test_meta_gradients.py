@@ -10,7 +10,7 @@ from verification.l1_values.scales import lookahead_gradient_error, term_errors
 from verification.l1_values.twins import MODES, RULES, RuleTwin, engine, meta_backward, rule_twin
 from verification.profiles import share
 from verification.strategies import MetaCase, ScaledNormal, meta_cases, scaled_normals
-from verification.tolerances import CENTRAL_DIFFERENCE, COMPLEX_STEP, ROUNDING, assert_close
+from verification.tolerances import CENTRAL_DIFFERENCE, PROPAGATED, PROPAGATED_COMPLEX, assert_close
 
 pytestmark = [
     pytest.mark.parametrize("name", RULES),
@@ -52,7 +52,7 @@ def test_hand_derived(name: str, loss: str, fsd: str, case: MetaCase, recipe: Sc
     assert_close(
         meta_gradient(case, twin, loss, fsd),
         twin.hand_derived(q),
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=gradient_error(case, twin, loss, fsd),
         what="dQ/dφ",
@@ -75,7 +75,7 @@ def test_complex_step_of_the_oracle(
         assert_close(
             gradient @ v,
             np.imag(Q) / 1e-20,
-            COMPLEX_STEP,
+            PROPAGATED_COMPLEX,
             size=1,
             scale=scale * float(np.linalg.norm(v)),
             what="dQ/dφ · v",
@@ -133,7 +133,7 @@ def test_meta_backward_accumulates_scaled_gradients(
     assert_close(
         twin.gradient_of(optimizer.rule),
         (1 + scale) * once,
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=(1 + scale) * gradient_error(case, twin, loss, fsd),
         what="accumulated dQ/dφ",

@@ -23,7 +23,7 @@ from verification.l1_values.scales import lookahead_gradient_error
 from verification.l1_values.twins import engine
 from verification.profiles import share
 from verification.strategies import MetaCase, meta_cases
-from verification.tolerances import FUNCTION, ROUNDING, assert_close
+from verification.tolerances import FUNCTION, PROPAGATED, assert_close
 
 LOSSES = ("exact", "linear", "quadratic")
 FSDS = ("exact", "quadratic")
@@ -210,7 +210,7 @@ def test_the_mini_batches_of_each_equation_are_those_of_the_closures(
     assert_close(
         float(bridge.phi_gradient(log_lr)),
         meta_gradients.log_lr_gradient(q, g, math.log(eta)),
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=eta * float(np.linalg.norm(g) * e_q + (len(g) + 20) * np.abs(g) @ np.abs(q)),
         what="dQ/d(log η)",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from verification import bridge
 from verification.l0_oracle.rounding import gradient_error, loss_gradient_error, pass_errors
 from verification.strategies import MetaCase, meta_cases
-from verification.tolerances import BITWISE, ROUNDING, assert_close
+from verification.tolerances import BITWISE, PROPAGATED, ROUNDING, assert_close
 
 
 @given(case=meta_cases(broad=True))
@@ -20,7 +20,7 @@ def test_outputs(case: MetaCase) -> None:
     assert_close(
         bridge.array(z),
         passes.z,
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=float(np.linalg.norm(passes.e_z)),
         what="z",
@@ -37,7 +37,7 @@ def test_loss_gradient(case: MetaCase) -> None:
     assert_close(
         bridge.gradients_of(model, network),
         case.gradient,
-        ROUNDING,
+        PROPAGATED,
         size=1,
         scale=gradient_error(passes, dL, loss_gradient_error(passes, dL)),
         what="g",

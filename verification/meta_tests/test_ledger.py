@@ -360,6 +360,7 @@ def test_a_tolerance_that_nothing_comes_near_is_told(root: Path) -> None:
     """5e-18 is 4.5e-3 of 5 eps, and 4.5e-5 of 500 eps; BITWISE has no ratio."""
     (root / "test_it.py").write_text(
         """
+import pytest
 from verification.tolerances import BITWISE, ROUNDING, assert_close
 
 def close(n=20, **how):
@@ -370,6 +371,10 @@ def test_tight():
     close()
 
 def test_loose():
+    close(iterations=100)
+
+@pytest.mark.loose("Its worst case is rare.")
+def test_explained():
     close(iterations=100)
 
 def test_few():
@@ -387,12 +392,16 @@ def test_bitwise():
     load(root, row(tests=["test_it.py::test_tight"]))
     _, lines, document = run(root, str(root / "test_it.py"))
     assert document["loose"] == ["test_it.py::test_loose"]
-    assert lines[-3].startswith("1 loose of 4 properties with a tolerance")
+    assert document["explained"] == ["test_it.py::test_explained"]
+    assert lines[-3].startswith("1 loose of 5 properties with a tolerance (1 more for a reason)")
     assert any(line.startswith("test_it.py::test_loose (loose) ") for line in lines)
     page = (root / "ledger.html").read_text(encoding="utf-8")
-    loose = page[page.index("too loose") : page.index("Every property")]
+    loose = page[page.index("too loose") : page.index("Loose for a reason")]
+    explained = page[page.index("Loose for a reason") : page.index("Every property")]
     assert "test_loose" in loose
-    assert "test_tight" not in loose
+    assert "test_tight" not in loose + explained
+    assert "test_explained (loose for a reason)" in explained
+    assert "Its worst case is rare." in explained
 
 
 def test_evidence_that_does_not_exist_fails_the_run(root: Path) -> None:

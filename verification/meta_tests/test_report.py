@@ -26,6 +26,7 @@ def property_row(number: int, **changes: Any) -> dict[str, Any]:
         "comparisons": 40,
         "worst": 0.5,
         "loose": False,
+        "reason": None,
         **changes,
     }
 
@@ -41,7 +42,8 @@ def document(*properties: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "rejected": 0,
         "comparisons": 40,
         "worst": "inf",
-        "loose": [row["name"] for row in properties if row["loose"]],
+        "loose": [row["name"] for row in properties if row["loose"] and not row["reason"]],
+        "explained": [row["name"] for row in properties if row["loose"] and row["reason"]],
         "faults": [],
         "claims": [{**claim, "evidence": 1, "examples": 40, "worst": 0.5}],
         "properties": list(properties),
@@ -124,6 +126,14 @@ def test_failures_and_infinite_ratios_are_told_in_words() -> None:
     assert "(2 FAILED, loose)" in line
     assert line.endswith(" inf")
     assert shown[-1].startswith("40 comparisons, worst error/tolerance inf;")
+
+
+def test_a_reason_for_a_loose_tolerance_is_told_and_counted_apart() -> None:
+    run = document(property_row(1, loose=True), property_row(2, loose=True, reason="Same passes."))
+    assert any(line.startswith("1 loose of 2 ") and "(1 more for" in line for line in lines(run))
+    told = parsed(page(run)).text
+    assert "test_number_1 (loose)" in told
+    assert "test_number_2 (loose for a reason)Same passes." in told
 
 
 def test_what_is_written_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

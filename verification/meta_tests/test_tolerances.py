@@ -16,6 +16,8 @@ from verification.tolerances import (
     COMPLEX_STEP,
     FUNCTION,
     MINIMIZER,
+    PROPAGATED,
+    PROPAGATED_COMPLEX,
     ROUNDING,
     SOLVE,
     Tolerance,
@@ -23,7 +25,16 @@ from verification.tolerances import (
     recording,
 )
 
-NAMED = [ROUNDING, FUNCTION, SOLVE, COMPLEX_STEP, CENTRAL_DIFFERENCE, MINIMIZER]
+NAMED = [
+    ROUNDING,
+    FUNCTION,
+    SOLVE,
+    COMPLEX_STEP,
+    PROPAGATED,
+    PROPAGATED_COMPLEX,
+    CENTRAL_DIFFERENCE,
+    MINIMIZER,
+]
 
 
 @contextmanager

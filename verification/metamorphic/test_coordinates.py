@@ -144,6 +144,10 @@ def condition(start: Setting) -> float:
     return float(torch.linalg.cond(first.A) + torch.linalg.cond(first.B))
 
 
+@pytest.mark.loose(
+    "The condition numbers of A and B are for the worst right-hand side, all of it along their "
+    "smallest eigenvectors; a gradient is made of the same examples and has least there."
+)
 @share(0.25)
 @given(seed=SEEDS)
 def test_undamped_kfac_follows_any_linear_map_of_the_inputs(seed: int) -> None:
