@@ -94,10 +94,6 @@ class Network(ABC):
         """z = f(x, theta), (N, C)."""
         return self.trace(theta, X).outputs
 
-    def layer_inputs(self, theta: Any, X: Any) -> list[Array]:
-        """a_{l-1} of every layer, each (N, in_l), or (N, T, in_l)."""
-        return self.trace(theta, X).layer_inputs
-
     def output_backprop(self, theta: Any, X: Any) -> list[Array]:
         """dz/ds_l of every layer, each (N, C, out_l), or (N, C, T, out_l)."""
         return self.trace(theta, X).output_backprop

@@ -239,7 +239,7 @@ def optimize(problem: NoisyQuadratic, second: Any, steps: int, family: Family) -
     values = [objective(psi) for psi in ends]
     psi, (_, slopes) = min(zip(ends, values, strict=True), key=lambda end: end[1][0])
     if family.upper is not None:
-        slopes = np.where((psi >= family.upper) & (slopes < 0.0), 0.0, slopes)
+        slopes = psi - np.minimum(psi - slopes, family.upper)  # of the projected gradient
     run = unrolled(problem, second, family.schedule(psi, steps)[0], family.rule)
     found = tuple(float(np.exp(value)) for value, _ in values)
     return Optimum(psi, run, float(np.abs(slopes).max()), found)

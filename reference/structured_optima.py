@@ -244,7 +244,8 @@ def _solve_spectrum(problem: _LeastSquares, blocks: list[EKFACBlocks]) -> list[E
     D = np.zeros(design.shape[1])
     if seen.any():
         target = problem.target.ravel()
-        D[seen] = lsq_linear(design[:, seen], target, (0.0, np.inf), method="bvls").x
+        found = lsq_linear(design[:, seen], target, (0.0, np.inf), method="bvls").x
+        D[seen] = np.maximum(found, 0.0)  # rounding may leave -1e-17
     ends = np.cumsum([block.S.size for block in blocks])[:-1]
     return [
         _unit_columns(block._replace(S=unvec(np.sqrt(d), block.S.shape)))
@@ -294,10 +295,15 @@ def _descend_blocks(problem: _LeastSquares, blocks: list[EKFACBlocks]) -> list[E
             unpacked.append(EKFACBlocks(*parts))
         return unpacked
 
+    def residual(x: Array) -> Array:
+        return (problem.R @ _ekfac_matrix(unpack(x)) @ problem.T - problem.target).ravel() / unit
+
+    # `gtol` is a number without a unit. Where no gradient is, every residual is zero.
+    unit = float(np.linalg.norm(problem.target)) or 1.0
     found = least_squares(
-        lambda x: (problem.R @ _ekfac_matrix(unpack(x)) @ problem.T - problem.target).ravel(),
+        residual,
         np.concatenate([part.ravel() for block in blocks for part in block]),
-        jac=lambda x: _ekfac_jacobian(problem, unpack(x)),  # pyright: ignore[reportArgumentType]
+        jac=lambda x: _ekfac_jacobian(problem, unpack(x)) / unit,  # pyright: ignore[reportArgumentType]
         ftol=1e-15,
         gtol=1e-14,
         max_nfev=20,
