@@ -93,7 +93,7 @@ def methods(steps: int) -> tuple[list[Method], list[Method]]:
         Method("SGD", tuple(SGD(lr) for lr in (0.1, 0.2, 0.5, 1.0, 2.0))),
         Method("SGDm", tuple(SGD(lr, momentum=0.9) for lr in (0.01, 0.03, 0.1, 0.3, 1.0))),
         Method("Adam", tuple(Adam(lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1))),
-        Method("Shampoo", tuple(Shampoo(lr, interval=10) for lr in (0.03, 0.1, 0.3, 1.0, 3.0))),
+        Method("Shampoo", tuple(Shampoo(lr, interval=10) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1))),
         *(method for method in others if method.track == "tuned" and method.label != "Muon"),
     ]
     own = [
