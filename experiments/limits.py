@@ -3,8 +3,9 @@
 SGD on four small tasks: digits (MLP 64-256-256-10, 60 epochs), Parkinsons (MLP with 100-100, 30
 epochs) and the first 5,000 of MNIST and of Fashion-MNIST (MLP 784-100-100-10, 20 epochs). "As in
 P22" is a learning rate by one-step lookahead: K = 10, λ_FSD = 1e-3, RMSprop with 0.1, from η = 0.1.
-Every variant changes what its name says. The suspects are too few meta-steps, the noise of one mini-batch, the greed of
-one step, λ and its schedule, and the meta-optimizer; the last variants change the step itself.
+Every variant changes what its name says. The suspects are too few meta-steps, the noise of one
+mini-batch, the greed of one step, λ and its schedule, and the meta-optimizer; the last variants
+change the step itself.
 
 A variant pays on a task if the 95% interval of its final training loss over that of "as in P22",
 paired by seed, lies below 1. The best fixed rate is the best of its grid by the same seeds' mean
