@@ -32,6 +32,7 @@ TERMS = ("q_loss", "q_fsd", "q_wsd", "meta_gradient")
 STEP_PASSES = 3.0
 LOSS_PASSES = 3.0  # of a meta-step, at θ'
 DISCREPANCY_PASSES = 4.0  # the outputs at θ, and at θ' with their backward pass
+TRUST_PASSES = 2.0  # each of the two again after φ has moved, J_B(θ) before; no step is halved
 
 
 def train(
@@ -65,8 +66,9 @@ def train(
     Returns:
         curves: "step", from 0; what `problem.evaluate` returns, from before the first step to after
             the last; "seconds" of steps and meta-steps so far, and "passes", the same in passes of
-            a mini-batch through the network: 3 a step, 7 a meta-step (3 without discrepancy), what
-            an optimizer draws by itself (KFAC's factors) left out; "step_ratio" = ‖Δθ‖/‖g‖, the
+            a mini-batch through the network: 3 a step, 7 a meta-step (3 without discrepancy) and 4
+            (2) more with a trust region, what is halved there and what an optimizer draws by itself
+            (KFAC's factors) left out; "step_ratio" = ‖Δθ‖/‖g‖, the
             effective learning rate of the last step; what `hyperparameters` finds, such as
             "learning_rate"; and of an APO the last meta-step's "q_loss", "q_fsd", "q_wsd" (the
             addends of Q, weights included) and "meta_gradient" (its norm). NaN stands where there
@@ -122,8 +124,7 @@ def train(
                 batch if meta_loss_batch == "same" else problem.batch("loss"),
                 batch if discrepancy_batch == "same" else problem.batch("discrepancy"),
             )
-            passes += LOSS_PASSES
-            passes += DISCREPANCY_PASSES if amortized.objective.fsd_weight > 0 else 0.0
+            passes += _meta_passes(amortized.objective)
             seconds["meta"] += perf_counter() - began_meta
         due = step % record_every == 0 or step == steps
         before = [p.detach().clone() for p in params] if due else []
@@ -179,6 +180,13 @@ def _meta_step(
     gradients = [p.grad for p in amortized.rule.parameters() if p.grad is not None]
     values = (q.loss.item(), q.fsd.item(), q.wsd.item(), _norm(gradients))
     return dict(zip(TERMS, values, strict=True))
+
+
+def _meta_passes(objective: apo.ProximalObjective) -> float:
+    """What a meta-step runs through the network."""
+    trust = TRUST_PASSES if objective.trust_factor is not None else 0.0
+    discrepancy = DISCREPANCY_PASSES + trust if objective.fsd_weight > 0 else 0.0
+    return LOSS_PASSES + trust + discrepancy
 
 
 def _norm(tensors: list[Tensor]) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.apo_recipes import APOSGD
 from experiments.models import Rosenbrock, mlp
 from experiments.problems import Supervised
 from experiments.recipes import (
@@ -192,8 +193,13 @@ def test_the_curves_stand_at_every_interval_and_at_the_end() -> None:
         assert all(value > 0.0 for value in values[1:]), name
 
 
-@pytest.mark.parametrize(("fsd_weight", "meta_step"), [(0.1, 7), (0.0, 3)])
-def test_passes_are_counted_as_a_hook_counts_them(fsd_weight: float, meta_step: int) -> None:
+@pytest.mark.parametrize(
+    ("fsd_weight", "trust_factor", "meta_step"),
+    [(0.1, None, 7), (0.0, None, 3), (0.1, 2.0, 11), (0.0, 2.0, 5)],
+)
+def test_passes_are_counted_as_a_hook_counts_them(
+    fsd_weight: float, trust_factor: float | None, meta_step: int
+) -> None:
     model, problem = mlp(WIDTHS, seed=0), _problem(0)
     counted = {"forward": 0, "backward": 0}
     training = {"on": True}
@@ -216,7 +222,8 @@ def test_passes_are_counted_as_a_hook_counts_them(fsd_weight: float, meta_step: 
         return values
 
     problem.evaluate = uncounted  # type: ignore[method-assign]
-    recipe = APOLearningRate(0.1, fsd_weight=fsd_weight, interval=3)
+    # steps and moves so short that none is halved
+    recipe = APOSGD(1e-3, fsd_weight, meta_lr=1e-3, interval=3, trust_factor=trust_factor)
     outcome = train(model, recipe.build(model, problem), problem, steps=7, record_every=1)
     passes = outcome.curves["passes"]
     assert passes[-1] == counted["forward"] + 2 * counted["backward"]
