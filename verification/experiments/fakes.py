@@ -136,6 +136,8 @@ def lasting(records: dict[str, Record]) -> dict[str, Any]:
 
 def undertake(out: Path, jobs: int, experiment: Descent) -> None:
     """Run the experiment as the main process of a command; Ctrl-C ends it with `INTERRUPTED`."""
+    # a suite that a shell runs in the background inherits an ignored SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run_experiment(experiment, "default", out, LineWatch([].append), jobs=jobs)
     except KeyboardInterrupt:

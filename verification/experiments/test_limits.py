@@ -155,7 +155,7 @@ def _records(losses: dict[str, Sequence[float]], fixed: Sequence[float]) -> list
     experiment = Limits()
     named = {VARIANTS[name]: values for name, values in losses.items()}
     records = []
-    for trial in experiment.plan("default", None, []):
+    for trial in experiment.plan("default", 3, []):
         values = next((v for one, v in named.items() if _is(trial, one)), losses[BASE])
         if trial.label == FIXED.label:
             values = fixed if trial.options["lr"] == 0.5 else [v * 100 for v in fixed]
@@ -196,7 +196,7 @@ def test_the_table_has_a_row_for_every_variant_and_the_best_rate_of_each_task() 
 
 
 def test_every_variant_is_planned_once_for_every_seed() -> None:
-    trials = Limits().plan("default", None, [])
+    trials = Limits().plan("default", 3, [])
     assert len(trials) == len(TASKS) * 3 * (len(VARIANTS) + len(FIXED.grid))
     fakes = _records({BASE: [1.0, 1.0, 1.0]}, fixed=[1.0, 1.0, 1.0])
     for one in VARIANTS.values():
