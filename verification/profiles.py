@@ -1,4 +1,6 @@
-"""Hypothesis profiles: `quick` while working, `ci` repeatable, `thorough` random, ten times `ci`.
+"""Hypothesis profiles: `quick` while working, `ci` repeatable, `random` and `thorough` not.
+
+`random` draws as many examples as `ci`, by `--hypothesis-seed N`; `thorough` ten times as many.
 
 Chosen by `--hypothesis-profile NAME`, else by the environment variable `APO_PROFILE`, else `ci`.
 """
@@ -38,6 +40,15 @@ def register() -> None:
         suppress_health_check=_SLOWNESS,
     )
     settings.register_profile(
+        "random",
+        max_examples=40,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        print_blob=True,
+        suppress_health_check=_SLOWNESS,
+    )
+    settings.register_profile(
         "thorough",
         max_examples=400,
         deadline=None,
@@ -46,8 +57,10 @@ def register() -> None:
         suppress_health_check=_SLOWNESS,
     )
     name = os.environ.get("APO_PROFILE", DEFAULT)
-    if name not in ("quick", "ci", "thorough"):
-        raise ValueError(f"`APO_PROFILE` must be quick, ci or thorough, got {name!r}; unset it.")
+    if name not in ("quick", "ci", "random", "thorough"):
+        raise ValueError(
+            f"`APO_PROFILE` must be quick, ci, random or thorough, got {name!r}; unset it."
+        )
     settings.load_profile(name)
 
 

@@ -1,5 +1,7 @@
 """Outputs that are one number for each example or position, with a mask and without."""
 
+import math
+
 import numpy as np
 import torch
 from hypothesis import given
@@ -19,10 +21,14 @@ def test_a_masked_discrepancy_of_numbers_is_their_weighted_mean(
     z, z0 = torch.randn(2, batch, tokens, dtype=torch.float64)
     w = torch.rand(batch, tokens, dtype=torch.float64) * (torch.rand(batch, tokens) < 0.7)
     w[0, 0] = 0.5
-    expected = (w * 0.5 * (z - z0) ** 2).sum() / w.sum()
+    terms = [
+        a * 0.5 * (b - c) ** 2
+        for a, b, c in zip(*(t.flatten().tolist() for t in (w, z, z0)), strict=True)
+    ]
+    expected = np.array(math.fsum(terms) / math.fsum(w.flatten().tolist()))
     z[w == 0] = torch.nan
     found = apo.SquaredEuclidean().masked(z, z0, w)
-    assert_close(found.numpy(), expected.numpy(), ROUNDING, size=2 * batch * tokens)
+    assert_close(found.numpy(), expected, ROUNDING, size=2 * batch * tokens)
 
 
 def test_outputs_may_be_one_number_an_example() -> None:

@@ -5,8 +5,11 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from reference.cycles import helix_cycle
+from reference.manifolds import Parametrized
+from reference.problem import complex_step_jacobian
 from verification.l0_oracle.test_cycles import CYCLES
-from verification.tolerances import ROUNDING, assert_close
+from verification.tolerances import FUNCTION, ROUNDING, assert_close
 
 # Two gradients this far apart: of a piecewise linear one, their quotient is exact up to rounding.
 STEP = 2.0**-20
@@ -40,3 +43,21 @@ def test_no_loss_jumps_where_it_turns_straight(name: str) -> None:
     values = np.array([cycle.loss.value(u * steep) for u in t])
     room = ROUNDING.allowed(size=4) * np.abs(values).max()
     assert np.abs(np.diff(values)).max() <= cycle.G * (t[1] - t[0]) + room
+
+
+@pytest.mark.parametrize("ratio", [0.17, 0.2, 0.3, 0.45])
+def test_both_points_of_a_helix_cycle_lie_where_the_loss_is_quadratic(ratio: float) -> None:
+    """On straight turns they are +-(y, 1): the loss there has its curvature L."""
+    cycle = helix_cycle(ratio)
+    other = np.array([1.0, -1.0, -1.0]) * cycle.start
+    for Z in (cycle.start, other):
+        assert_close(np.linalg.eigvalsh(cycle.loss.hessian(Z))[-1], cycle.L, ROUNDING, size=9)
+
+
+@given(t=st.floats(-10.0, 10.0))
+def test_the_tangent_of_a_helix_is_the_derivative_of_its_points(t: float) -> None:
+    helix = helix_cycle(0.3).manifold
+    assert isinstance(helix, Parametrized)
+    w = np.array([t])
+    expected = complex_step_jacobian(helix.point, w)
+    assert_close(helix.jacobian(w), expected, FUNCTION, size=4, condition=1.0 + abs(t))

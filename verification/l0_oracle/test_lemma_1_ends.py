@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reference.cycles import helix_cycle
-from reference.manifolds import Sphere
+from reference.manifolds import Affine, Sphere
 from reference.output_space import lemma_1_point, printed_weight, sufficient_weight
-from verification.tolerances import BITWISE, ROUNDING, assert_close
+from verification.tolerances import BITWISE, ROUNDING, SOLVE, assert_close
 
 
 def test_a_stationary_point_is_its_own_point_of_lemma_1() -> None:
@@ -46,3 +46,17 @@ def test_the_printed_weight_is_the_larger_of_both_conditions(
 ) -> None:
     """lambda >= C G and lambda >= L / 4, as Theorem 1 prints them."""
     assert printed_weight(L, C, G) == weight
+
+
+@given(seed=st.integers(0, 2**16), length=st.floats(-3.0, 3.0))
+def test_what_is_flat_has_no_curvature_and_straight_geodesics(seed: int, length: float) -> None:
+    """They go as far as they are long, and end in the plane: it is straight, and C is 0."""
+    rng = np.random.default_rng(seed)
+    plane = Affine(rng.standard_normal(3), rng.standard_normal((3, 2)))
+    Z, v = plane.project(rng.standard_normal(3)), plane.tangent(plane.offset)[:, 0]
+    end = plane.geodesic(Z, v, length)
+    # Both are known to the rounding of Z, whose size is that of the offset and the point.
+    scale = 4.0 + float(np.linalg.norm(Z))
+    assert_close(np.linalg.norm(end - Z), np.abs(length), ROUNDING, size=3, scale=scale)
+    assert_close(plane.project(end), end, SOLVE, size=3, scale=scale)
+    assert plane.curvature == 0.0

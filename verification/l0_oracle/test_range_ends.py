@@ -58,6 +58,12 @@ RANGES = [
         (0.0, 1e-16),
     ),
     Range(
+        "`basis` must have linearly independent columns",
+        lambda x: Affine(np.zeros(2), [[x], [0.0]]),
+        (1e-300,),
+        (0.0,),
+    ),
+    Range(
         "`ratio` must lie in",
         helix_cycle,
         (1.0 / 6.0 + 1e-12, below(0.5)),

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from scipy.optimize import nnls
 
 from reference import MLP, KFACFactors
+from reference.arrays import Array
 from reference.classical_methods import hessian_free
+from reference.noisy_quadratic import NoisyQuadratic
 from reference.problem import symmetric_part
+from reference.schedules import Family, optimize
 from reference.structured_optima import StructuredOptimum, best_ekfac, best_kronecker
 from verification.profiles import share
-from verification.tolerances import BITWISE, ROUNDING, SOLVE, assert_close
+from verification.tolerances import BITWISE, FUNCTION, ROUNDING, SOLVE, assert_close
 
 seeds = st.integers(0, 2**16)
 
@@ -80,11 +83,14 @@ def test_the_first_half_sweep_of_the_best_ekfac_is_the_best_non_negative_spectru
     assert abs(found.history[1] - expected) <= error
 
 
-def test_a_start_with_a_column_of_zeros_is_one_direction_less() -> None:
+@pytest.mark.parametrize("factor", ["A", "B"])
+def test_a_start_with_a_column_of_zeros_is_one_direction_less(factor: str) -> None:
     """Its unit column does not exist: the column stays 0, and the search goes on from there."""
     rng = np.random.default_rng(0)
     network = MLP([2, 2], "tanh", bias=False)
-    g, start = rng.standard_normal((6, 4)), KFACFactors(np.diag([1.0, 0.0]), np.eye(2))
+    flat = np.diag([1.0, 0.0])
+    start = KFACFactors(*((flat, np.eye(2)) if factor == "A" else (np.eye(2), flat)))
+    g = rng.standard_normal((6, 4))
     found = best_ekfac(g, np.eye(4), network.layers, [[start]], sweeps=1)
     assert np.isfinite(found.P).all()
     assert found.value < found.history[0]
@@ -101,3 +107,39 @@ def test_a_search_makes_no_more_sweeps_than_it_may(
     start = KFACFactors(rng.standard_normal((2, 2)), rng.standard_normal((2, 2)))
     found = search(rng.standard_normal((6, 4)), np.eye(4), network.layers, [[start]], sweeps)
     assert len(found.history) == 1 + 2 * sweeps
+
+
+def test_the_slope_of_an_optimum_is_the_largest_that_is_left() -> None:
+    """At a kink, where a search must end, one slope stays; of a parameter without effect none is.
+
+    With eta = exp|psi_0| and h = v = E x^2 = 1 the loss is (1 - eta)^2 + eta^2, halved, which
+    rises from eta = 1/2 on.
+    """
+
+    def schedule(psi: Array, steps: int) -> tuple[Array, Array]:
+        s = np.full(steps, np.exp(np.abs(psi[0])))
+        return s, np.stack([s * np.sign(psi[0]), 0.0 * s], axis=1)
+
+    family = Family("rate", schedule, lambda steps: [np.array([0.3, 0.2])])
+    best = optimize(NoisyQuadratic([1.0], [1.0]), [1.0], 1, family)
+    eta = np.exp(np.abs(best.psi[0]))
+    slope = eta * (4.0 * eta - 2.0) / ((1.0 - eta) ** 2 + eta**2)
+    assert_close(np.array(best.slope), np.array(slope), FUNCTION, size=4)
+    assert best.slope >= 2.0
+
+
+@given(seed=seeds)
+def test_a_direction_that_no_gradient_has_gets_no_eigenvalue(seed: int) -> None:
+    """All gradients lie along two columns of A kron B; their parts along the others are rounding.
+
+    With M = 4 I the best P on the two is I / 4; what rounding would make of the others is not 0.
+    """
+    rng = np.random.default_rng(seed)
+    network = MLP([2, 2], "tanh", bias=False)
+    A, B = (np.linalg.qr(rng.standard_normal((2, 2)))[0] for _ in "AB")
+    seen = np.kron(A, B)[:, :2]  # of the first column of A
+    found = best_ekfac(
+        [[3.0, 0.0], [0.0, 1.0]] @ seen.T, 4.0 * np.eye(4), network.layers, [[KFACFactors(A, B)]], 1
+    )
+    assert not found.blocks[0].S[:, 1].any()
+    assert_close(found.P, 0.25 * seen @ seen.T, SOLVE, size=4, condition=9.0)

@@ -1,6 +1,8 @@
 """What has no curvature at all is told apart from what has a little."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, final
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from reference.optimal_preconditioners import ekfac
 from reference.problem import Batch
 from reference.proximal_point import certify, closed_form_step, polish
 from reference.structured_optima import best_kronecker
+from verification.tolerances import SOLVE, assert_close
 
 FLAT = KFACFactors(np.zeros((2, 2)), np.zeros((1, 1)))
 UNIT = KFACFactors(np.eye(2), np.eye(1))
@@ -24,16 +27,17 @@ LAYERS = MLP([2, 1], bias=False).layers
     "call",
     [
         lambda: closed_form_step(np.ones(2), np.ones(2), np.zeros((2, 2)), 1.0, 0.0),
+        lambda: newton(np.ones(2), np.ones(2), np.zeros((2, 2))),
         lambda: ekfac(FLAT, 1.0, 0.0),
         lambda: damped_ekfac_inverse(ekfac_basis(FLAT), np.zeros((1, 2)), 0.0),
         lambda: best_kronecker(np.ones((1, 2)), np.zeros((2, 2)), LAYERS, [[FLAT]]),
         lambda: hessian_free(np.ones(2), np.ones(2), np.zeros_like),
     ],
-    ids=["eq. 4", "EKFAC", "damped EKFAC", "Kronecker", "Hessian-free"],
+    ids=["eq. 4", "Newton", "EKFAC", "damped EKFAC", "Kronecker", "Hessian-free"],
 )
 def test_no_curvature_is_singular(call: Callable[[], object]) -> None:
     """The threshold is rounding times the largest curvature, which is 0 as well."""
-    with pytest.raises(ValueError, match=r"must (be|have) positive"):
+    with pytest.raises(ValueError, match=r"must (be positive|have positive|be non-singular)"):
         call()
 
 
@@ -45,6 +49,49 @@ def test_a_stationary_point_without_curvature_is_degenerate() -> None:
     point = certify(flat, theta, theta, Batch(x, x), x)
     assert point.kind == "degenerate"
     assert not point.certified
+
+
+@final
+class Quadratic:
+    """1/2 u^T diag(h) u in place of a proximal objective."""
+
+    def __init__(self, h: list[float]) -> None:
+        self.h = np.array(h)
+        self.problem = SimpleNamespace(network=SimpleNamespace(size=len(h)))
+
+    def terms(self, theta: Array, u: Array, batch: Any, fsd_inputs: Any) -> SimpleNamespace:
+        """The value."""
+        return SimpleNamespace(total=0.5 * u @ (self.h * u))
+
+    def lookahead_gradient(self, theta: Array, u: Array, batch: Any, fsd_inputs: Any) -> Array:
+        """h u."""
+        return self.h * u
+
+
+@pytest.mark.parametrize(
+    ("h", "kind"),
+    [
+        ([1.0, 2.0], "minimum"),
+        ([0.0, 1.0], "degenerate"),
+        ([0.0, 0.0], "degenerate"),
+        ([-1.0, 1.0], "saddle"),
+        ([-1.0, 0.0], "saddle"),
+        ([-2.0, -1.0], "maximum"),
+    ],
+)
+def test_a_stationary_point_has_the_kind_of_its_eigenvalues(h: list[float], kind: str) -> None:
+    """A maximum has only negative ones, and a saddle one that is not."""
+    objective: Any = Quadratic(h)
+    zero: Any = np.zeros(2)
+    assert certify(objective, zero, zero, zero, zero).kind == kind
+
+
+@pytest.mark.parametrize("bend", [0.1, 1.0, 10.0])
+def test_a_newton_step_finds_the_minimum_of_a_parabola(bend: float) -> None:
+    """Whatever its curvature, and whatever the slope where it starts: here 1."""
+    start = np.array([1.0 / bend])
+    end = polish(lambda u: bend * u, lambda u: np.array([[bend]]), start)
+    assert_close(end, np.zeros(1), SOLVE, scale=float(start[0]))
 
 
 @pytest.mark.parametrize("bend", [0.0, -1.0])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from reference import MLP, KFACFactors
 from reference.arrays import Array
+from reference.optimal_preconditioners import LinearOptimum, dense, diagonal, scalar
 from reference.structured_optima import StructuredOptimum, best_ekfac, best_kronecker
 from verification.profiles import share
 from verification.tolerances import BITWISE, assert_close
@@ -52,3 +53,15 @@ def test_without_gradients_every_value_is_zero_and_no_sweep_gains(search: Search
     assert found.gradient_norm == 0.0
     assert not np.any(found.history)
     assert len(found.history) <= 5
+
+
+@pytest.mark.parametrize("exponent", [-40, 40])
+@pytest.mark.parametrize("structure", [scalar, diagonal, dense])
+def test_gradients_of_another_unit_have_the_same_linear_optimum(
+    structure: Callable[..., LinearOptimum], exponent: int
+) -> None:
+    """H and b grow by the same power of two, and so does what counts as curvature."""
+    _, gradients, M = two_layers(0)
+    plain, scaled = (structure(unit * gradients[:, :3], M[:3, :3]) for unit in (1.0, 2.0**exponent))
+    assert scaled.rank == plain.rank
+    assert_close(scaled.P, plain.P, BITWISE)

@@ -8,17 +8,19 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from verification.claims import ROOT
-from verification.mutation.__main__ import REPORTS, sources_of
+from verification.mutation.__main__ import REPORTS, likeliest_first, sources_of
 from verification.mutation.mutants import Mutant, Source
 from verification.mutation.records import Recorder, Result, score
 from verification.mutation.report import document, markdown, read_reasons
-from verification.mutation.selection import Traced, by_turns
+from verification.mutation.selection import Traced, Tracer, by_turns
 from verification.profiles import share
 
 MUTANT = Mutant("a.py", "f", 1, 2, "sign", "-x", "x", 0, "0" * 12)
@@ -141,6 +143,46 @@ def test_a_limit_on_the_time_cuts_repetition_first() -> None:
     assert order == ["a[1]", "a[2]", "b", "a[3]", "c"]
 
 
+def test_a_test_that_has_killed_comes_before_one_as_dear() -> None:
+    """And a dear one that has killed before a cheap one that has not, by their seconds a kill."""
+    durations = {"dear": 3.0, "idle": 1.0, "cheap": 0.1}
+    tests: Any = [(SimpleNamespace(nodeid=name), cost) for name, cost in durations.items()]
+    order = [item.nodeid for item, _ in likeliest_first(tests, Counter(dear=1))]
+    assert order == ["cheap", "dear", "idle"]
+
+
+def test_only_survivors_get_a_longer_trial(tmp_path: Path) -> None:
+    """Of whatever a longer one allows; when tests are new, of the same length as well."""
+    recorder = Recorder(tmp_path / "records.jsonl")
+    for place, status in enumerate(("killed", "survived")):
+        recorder.add(Result.of(MUTANT._replace(place=place), status, None, 3, 1.0, limit=5.0))
+    killed, survived = recorder.results.values()
+    assert [killed.settled(limit) for limit in (5.0, 120.0)] == [True, True]
+    assert [survived.settled(limit) for limit in (5.0, 120.0)] == [True, False]
+    recorder.forget_survivors()
+    assert list(recorder.results) == [killed.key]
+
+
+def test_a_test_is_traced_by_the_statements_that_it_runs(tmp_path: Path) -> None:
+    """A statement over several lines is one; of a branch, the condition and what it chose."""
+    source = source_of(
+        "def f(a):\n    if (\n        a > 0\n    ):\n        return [\n            -a,\n"
+        "            +a,\n        ]\n    return a\n",
+        tmp_path,
+    )
+    space: dict[str, Any] = {}
+    exec(compile(source.tree, source.path, "exec"), space)
+    tracer, before = Tracer([source]), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        space["f"](1)
+    finally:
+        sys.settrace(before)
+    # Line 1 is the call itself; the mutants `a >= 0`, `a <= 0` stand in 2, `a` in 5.
+    assert tracer.seen == {(source.path, line) for line in (1, 2, 5)}
+    assert {source.statements[mutant.line] for mutant in source.mutants} <= {2, 5}
+
+
 def test_an_unknown_status_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`status` must be one of \['killed', .*, got 'dead'"):
         Result.of(MUTANT, "dead", None, 0, 0.0)
@@ -177,7 +219,7 @@ def test_the_report_joins_survivors_and_reasons(tmp_path: Path) -> None:
         Result.of(other, "no test", None, 0, 0.0),
         Result.of(MUTANT._replace(place=2), "timeout", None, 3, 1.0),
     ]
-    run = {"seed": 0, "tests": 3, "limit": 60.0, "minutes": 1.0, "where": "here"}
+    run = {"seed": 0, "tests": 3, "first": 9.0, "limit": 60.0, "minutes": 1.0, "where": "here"}
     lines = {"a.py": ["def f(x):", "    return -x"]}
     report = document(results, Counter({"a.py": 9}), read_reasons(path), lines, run)
     assert report["verdicts"] == {"equivalent": 1, "open": 1}
@@ -229,7 +271,7 @@ def test_a_blind_suite_leaves_survivors_and_the_run_goes_on(tmp_path: Path) -> N
     """Of a toy: one value is checked, one was when the test was imported, one is only computed."""
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\npythonpath = ['.']\n")
     (tmp_path / "toy.py").write_text(
-        "def seen(a):\n    return -a\n\ndef unseen(a):\n    return -a\n\n"
+        "def seen(a):\n    return -a\n\ndef unseen(b):\n    return -b\n\n"
         "def untested(a):\n    return -a\n\ndef early(a):\n    return -a\n"
     )
     (tmp_path / "test_toy.py").write_text(
@@ -239,20 +281,28 @@ def test_a_blind_suite_leaves_survivors_and_the_run_goes_on(tmp_path: Path) -> N
         "def test_unseen():\n    toy.unseen(3)\n\n"
         "def test_broken():\n    assert toy.seen(0) == 7\n"
     )
+    (tmp_path / "why.toml").write_text(
+        '[[survivor]]\nfile = "toy.py"\nsource = "return -b"\nbefore = "-b"\nafter = "b"\n'
+        'verdict = "equivalent"\nreason = "for this test"\n'
+    )
     arguments = ("--packages", "toy.py", "--tests", "test_toy.py", "--report", "report")
-    first = run_tool(tmp_path, "-m verification.mutation", *arguments)
+    reasons = ("--reasons", "why.toml")
+    first = run_tool(tmp_path, "-m verification.mutation", *arguments, *reasons)
     assert "left out, it fails without a mutant: test_toy.py::test_broken" in first
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     alive = {(s["function"], s["status"], s["after"]) for s in report["survivors"]}
-    assert alive == {("unseen", "survived", "a"), ("untested", "no test", "a")}
+    assert alive == {("unseen", "survived", "b"), ("untested", "no test", "a")}
     assert (report["all"]["killed"], report["all"]["ran"], report["mutants"]) == (2, 4, 4)
 
     records = tmp_path / "results" / "mutation.jsonl"
+    limits = {r.function: r.limit for r in Recorder(records).results.values()}
+    assert limits == {"seen": 10.0, "early": 10.0, "unseen": 10.0, "untested": 120.0}
     lines = records.read_text(encoding="utf-8").splitlines()
     records.write_text("\n".join(lines[:3]) + "\n", encoding="utf-8")  # killed in the middle
     second = run_tool(tmp_path, "-m verification.mutation", *arguments)
     assert "4 mutants, 4 chosen, 3 done" in second
-    assert len(records.read_text(encoding="utf-8").splitlines()) == 4
+    limits = {r.function: r.limit for r in Recorder(records).results.values()}
+    assert limits == {"seen": 10.0, "early": 10.0, "unseen": 120.0, "untested": 120.0}
 
 
 def test_a_process_that_dies_or_raises_takes_nobody_with_it(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import FunctionType
@@ -21,8 +22,8 @@ from verification.mutation.cold import cold_failure
 from verification.mutation.forking import Outcome, forked
 from verification.mutation.mutants import Mutant, Source
 from verification.mutation.records import Recorder, Result
-from verification.mutation.report import document, markdown, read_reasons, write
-from verification.mutation.selection import Place, Selection, live_functions, select
+from verification.mutation.report import EXPLAINED, document, markdown, read_reasons, write
+from verification.mutation.selection import Place, Selection, Tracer, live_functions, select
 from verification.mutation.suite import Suite
 
 # Of the engine, the numerical core: the conformance kit is a test itself, and what runs on several
@@ -57,67 +58,112 @@ def judge(
 ) -> str | None:
     """The first test that fails: of `tests` with the mutant put in place here, else of `again`.
 
-    The second trial is in a fresh process.
+    The second trial, where `again` has tests, is in a fresh process.
     """
     code = source.code(mutant)
     for function in functions:
         function.__code__ = code
-    return suite.first_failure(tests) or cold_failure(mutant, again)
+    return suite.first_failure(tests) or (cold_failure(mutant, again) if again else None)
 
 
-def result_of(mutant: Mutant, tests: int, outcome: Outcome) -> Result:
+def result_of(mutant: Mutant, tests: int, limit: float, outcome: Outcome) -> Result:
     """What a forked process's outcome says: an alarm is a timeout, another death a crash."""
     if outcome.signal is not None:
         status = "timeout" if outcome.signal == signal.SIGALRM else "crash"
-        return Result.of(mutant, status, None, tests, outcome.seconds)
+        return Result.of(mutant, status, None, tests, outcome.seconds, limit)
     test = outcome.value
-    return Result.of(mutant, "killed" if test else "survived", test, tests, outcome.seconds)
+    status = "killed" if test else "survived" if tests else "no test"
+    return Result.of(mutant, status, test, tests, outcome.seconds, limit)
 
 
-def run(options: argparse.Namespace, suite: Suite, items: list[pytest.Item]) -> None:
-    """Judge the mutants that have no result yet, in random order, and write the report."""
+def likeliest_first(
+    tests: Sequence[tuple[pytest.Item, float]], killers: Counter[str]
+) -> list[tuple[pytest.Item, float]]:
+    """By seconds over how many mutants of the same file a test has killed; none counts as 0.1."""
+    return sorted(tests, key=lambda test: test[1] / (killers[test[0].nodeid] + 0.1))
+
+
+def run(
+    options: argparse.Namespace, suite: Suite, items: list[pytest.Item], imported: Set[Place]
+) -> None:
+    """Judge the mutants that are not settled, in random order, and write the report.
+
+    A first pass gives each `options.first` seconds of tests, a second one more to the survivors of
+    which no reason says that no test of this run can tell them apart. (A reason is not enough where
+    several mutants of a file change the same text alike.)
+
+    Args:
+        options: of the command line.
+        suite: has collected the tests.
+        items: the tests.
+        imported: statements that ran when the tests were imported.
+    """
     start = time.monotonic()
     until = start + 60 * options.budget
     root = Path.cwd()
     sources = sources_of(options.packages, root)
     by_file = {source.file: source for source in sources}
     everything = [mutant for source in sources for mutant in source.mutants]
-    chosen = random.Random(options.seed).sample(
-        everything, min(len(everything), options.sample or len(everything))
-    )
+    shuffled = random.Random(options.seed).sample(everything, len(everything))
+    chosen = shuffled[: options.sample or None]
     recorder = Recorder(options.records)
-    todo = [mutant for mutant in chosen if mutant.key not in recorder.results]
-    done = len(chosen) - len(todo)
+    if options.again:
+        recorder.forget_survivors()
+    done = sum(mutant.key in recorder.results for mutant in chosen)
     print(f"{len(everything)} mutants, {len(chosen)} chosen, {done} done", flush=True)
 
     functions = live_functions(sources)
     selection = select(suite, items, sources, options.jobs, options.selection)
     print(f"{selection.tests} tests traced, {time.monotonic() - start:.0f} s", flush=True)
+    reasons = read_reasons(options.reasons)
+    times = Counter(by_file[mutant.file].change(mutant) for mutant in everything)
+    killers: dict[str, Counter[str]] = {source.file: Counter() for source in sources}
+    for result in recorder.results.values():
+        if result.test and result.file in killers:
+            killers[result.file][result.test] += 1
 
-    def place(mutant: Mutant) -> Place:
-        return by_file[mutant.file].path, mutant.first
+    def tests_of(mutant: Mutant, limit: float) -> list[tuple[pytest.Item, float]]:
+        return selection.of([by_file[mutant.file].statement(mutant)], limit)
 
-    def tests_of(mutant: Mutant) -> list[tuple[pytest.Item, float]]:
-        return selection.of(place(mutant), options.limit)
+    def tests_again(mutant: Mutant, limit: float) -> list[tuple[pytest.Item, float]]:
+        """Of all that runs in its function: what ran at import, other tests may look at."""
+        source = by_file[mutant.file]
+        if source.statement(mutant) not in imported:
+            return []
+        return selection.of(source.body(mutant), limit / 4)
 
-    def work(mutant: Mutant) -> str | None:
-        mine = functions.get(place(mutant), [])
-        again = selection.of(place(mutant), options.limit / 4)
-        return judge(suite, mutant, by_file[mutant.file], mine, tests_of(mutant), again)
+    def explained(mutant: Mutant) -> bool:
+        change = by_file[mutant.file].change(mutant)
+        return times[change] == 1 and change in reasons and reasons[change][0] in EXPLAINED
 
-    for mutant in todo:
-        if not tests_of(mutant):
-            recorder.add(Result.of(mutant, "no test", None, 0, 0.0))
-    todo = [mutant for mutant in todo if mutant.key not in recorder.results]
-    for mutant, outcome in forked(todo, work, options.jobs, until):
-        if outcome.signal is None and outcome.trouble:
-            print(f"not judged: {mutant.key}\n{outcome.trouble}", flush=True)
-            continue
-        result = result_of(mutant, len(tests_of(mutant)), outcome)
-        recorder.add(result)
-        mark = "SURVIVED" if result.alive else result.status
-        change = f"{result.before} -> {result.after}".replace("\n", " ")
-        print(f"{mark:8}  {result.file}:{result.line}  {change}  [{result.test}]", flush=True)
+    def trial(limit: float) -> None:
+        def work(mutant: Mutant) -> str | None:
+            source = by_file[mutant.file]
+            mine = functions.get((source.path, mutant.first), [])
+            tests = likeliest_first(tests_of(mutant, limit), killers[mutant.file])
+            return judge(suite, mutant, source, mine, tests, tests_again(mutant, limit))
+
+        known = recorder.results
+        todo = [
+            m
+            for m in chosen
+            if m.key not in known or not (known[m.key].settled(limit) or explained(m))
+        ]
+        todo.sort(key=lambda mutant: mutant.key not in known)  # the survivors of less first
+        for mutant, outcome in forked(todo, work, options.jobs, until):
+            if outcome.signal is None and outcome.trouble:
+                print(f"not judged: {mutant.key}\n{outcome.trouble}", flush=True)
+                continue
+            result = result_of(mutant, len(tests_of(mutant, limit)), limit, outcome)
+            recorder.add(result)
+            if result.test:
+                killers[mutant.file][result.test] += 1
+            mark = "SURVIVED" if result.alive else result.status
+            change = f"{result.before} -> {result.after}".replace("\n", " ")
+            print(f"{mark:8}  {result.file}:{result.line}  {change}  [{result.test}]", flush=True)
+
+    for limit in (options.first, options.limit):
+        trial(limit)
     _report(options, sources, recorder, selection)
 
 
@@ -128,8 +174,8 @@ def _report(
     selection: Selection,
 ) -> None:
     mutants = [mutant for source in sources for mutant in source.mutants]
-    keys = {mutant.key for mutant in mutants}
-    results = [result for key, result in recorder.results.items() if key in keys]
+    known = recorder.results  # whose lines may be those of an earlier version of the file
+    results = [replace(known[m.key], line=m.line) for m in mutants if m.key in known]
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "hypothesis"))
     report = document(
         results,
@@ -139,6 +185,7 @@ def _report(
         {
             "seed": options.seed,
             "tests": selection.tests,
+            "first": options.first,
             "limit": options.limit,
             "minutes": round(sum(result.seconds for result in results) / 60, 1),
             "where": f"Python {platform.python_version()}, {versions}",
@@ -155,10 +202,12 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
     add("--packages", nargs="+", default=["apo_core", "reference"], help="folders to mutate")
     add("--tests", nargs="+", default=["verification"], help="files and folders of tests")
     add("--budget", type=float, default=math.inf, help="minutes, the traced run included")
-    add("--sample", type=int, default=0, help="mutants to draw; 0 is all, in random order")
-    add("--seed", type=int, default=0, help="of the order and of the sample")
+    add("--sample", type=int, default=0, help="mutants, the first in random order; 0 is all")
+    add("--seed", type=int, default=0, help="of the order")
     add("--jobs", type=int, default=1, help="processes at a time")
-    add("--limit", type=float, default=120.0, help="seconds of tests for one mutant")
+    add("--first", type=float, default=10.0, help="seconds of tests for one mutant at first")
+    add("--limit", type=float, default=120.0, help="seconds of tests for one that survives them")
+    add("--again", action="store_true", help="try the survivors of the records again")
     add("--records", type=Path, default=Path("results/mutation.jsonl"), help="goes on from here")
     add("--selection", type=Path, default=Path("results/selection.json"), help="kept, traced tests")
     add("--reasons", type=Path, default=REPORTS / "survivors.toml", help="why survivors survive")
@@ -169,7 +218,14 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Collect the suite and run the mutants."""
     options = parsed(arguments)
-    Suite.collect(options.tests, lambda suite, items: run(options, suite, items))
+    importing = Tracer(sources_of(options.packages, Path.cwd()))
+
+    def work(suite: Suite, items: list[pytest.Item]) -> None:
+        sys.settrace(None)
+        run(options, suite, items, importing.seen)
+
+    sys.settrace(importing)
+    Suite.collect(options.tests, work)
 
 
 if __name__ == "__main__":

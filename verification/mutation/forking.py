@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import multiprocessing
 import os
@@ -51,6 +52,8 @@ def forked(
     Yields:
         Each task with its outcome, as they come.
     """
+    gc.collect()
+    gc.freeze()  # else each child's first collection copies all that the parent has
     context = multiprocessing.get_context("fork")
     waiting = iter(tasks)
     running: dict[Connection, tuple[Task, Any, float]] = {}

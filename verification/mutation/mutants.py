@@ -65,6 +65,10 @@ SKIPPED = {"annotation", "returns", "decorator_list", "args", "type_params", "ex
 SKIPPED_KEYWORDS = {"strict", "stacklevel"}
 
 
+Place = tuple[str, int]  # a statement or a function: its file, absolute, and its first line
+Change = tuple[str, str, str, str]  # the file, the line's text, what stood there, what stands now
+
+
 class Mutant(NamedTuple):
     """One change in one function.
 
@@ -129,8 +133,28 @@ class Source:
         self.lines = text.splitlines()
         self.tree = ast.parse(text, str(path))
         self.functions = dict(_functions(self.tree))  # (name, first line) -> its node
+        self.statements: dict[int, int] = {}  # line -> first line of the innermost statement
+        for node in ast.walk(self.tree):  # outer ones first
+            if isinstance(node, ast.stmt):
+                lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
+                self.statements |= dict.fromkeys(lines, node.lineno)
         self._sites: dict[str, _Site] = {}
         self.mutants = list(self._find(text))
+
+    def statement(self, mutant: Mutant) -> Place:
+        """Where the statement begins in which the change is."""
+        return self.path, self.statements[mutant.line]
+
+    def body(self, mutant: Mutant) -> set[Place]:
+        """All statements of its function."""
+        last = self.functions[mutant.function, mutant.first].end_lineno or mutant.first
+        lines = range(mutant.first, last + 1)
+        return {(self.path, self.statements[line]) for line in lines if line in self.statements}
+
+    def change(self, mutant: Mutant) -> Change:
+        """What names the mutant in the list of reasons, wherever its line is."""
+        line = self.lines[mutant.line - 1].strip()
+        return mutant.file, line, mutant.before, mutant.after
 
     def module(self, mutant: Mutant) -> CodeType:
         """The module's code with the change in it."""

@@ -33,6 +33,7 @@ class Result:
         test: the test that failed, or None.
         tests: how many ran, or would have.
         seconds: wall time.
+        limit: seconds of tests that it was allowed.
     """
 
     key: str
@@ -46,10 +47,17 @@ class Result:
     test: str | None
     tests: int
     seconds: float
+    limit: float
 
     @classmethod
     def of(
-        cls, mutant: Mutant, status: str, test: str | None, tests: int, seconds: float
+        cls,
+        mutant: Mutant,
+        status: str,
+        test: str | None,
+        tests: int,
+        seconds: float,
+        limit: float = 0.0,
     ) -> Result:
         """The result of `mutant`.
 
@@ -60,12 +68,16 @@ class Result:
             raise ValueError(f"`status` must be one of {list(STATUSES)}, got {status!r}.")
         m = mutant
         change = (m.key, m.file, m.function, m.line, m.operator, m.before, m.after)
-        return cls(*change, status, test, tests, round(seconds, 2))
+        return cls(*change, status, test, tests, round(seconds, 2), limit)
 
     @property
     def alive(self) -> bool:
         """Whether no test noticed."""
         return self.status in ("survived", "no test")
+
+    def settled(self, limit: float) -> bool:
+        """Whether a trial of `limit` seconds would say nothing new."""
+        return not self.alive or self.limit >= limit
 
 
 @final
@@ -89,6 +101,10 @@ class Recorder:
             self.results[result.key] = result
         if text and not text.endswith("\n"):
             self._append("\n")
+
+    def forget_survivors(self) -> None:
+        """So that they are tried again, as after new tests."""
+        self.results = {key: result for key, result in self.results.items() if not result.alive}
 
     def add(self, result: Result) -> None:
         """Keep `result`, in memory and on disk."""

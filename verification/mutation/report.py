@@ -27,10 +27,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from verification.mutation.mutants import Change
 from verification.mutation.records import STATUSES, Result, score
 
 VERDICTS = ("equivalent", "elsewhere", "closed", "gap")
-Reasons = dict[tuple[str, str, str, str], tuple[str, str]]
+EXPLAINED = ("equivalent", "elsewhere")  # no test of a run can notice these
+Reasons = dict[Change, tuple[str, str]]
 
 
 def read_reasons(path: Path) -> Reasons:
@@ -98,28 +100,34 @@ def document(
 def markdown(report: dict[str, Any]) -> str:
     """The report to read."""
     tally, run = report["all"], report["run"]
-    equivalent = report["verdicts"].get("equivalent", 0)
-    rest = tally["ran"] - equivalent
+    verdicts = Counter(report["verdicts"])
+    differing = tally["ran"] - verdicts["equivalent"]
+    rest = {
+        "of those that are not equivalent": differing,
+        "of those that tests of this run could notice": differing - verdicts["elsewhere"],
+    }
     lines = [
         "# Mutation testing",
         "",
         "Written by `nox -s mutate`; the machinery is described in `verification/mutation`.",
         "",
-        f"- {report['mutants']:,} mutants, of which a random sample of {tally['ran']:,} "
-        f"({tally['ran'] / max(1, report['mutants']):.0%}) ran; seed {run['seed']}.",
+        f"- {report['mutants']:,} mutants, of which "
+        + (
+            "all ran."
+            if tally["ran"] == report["mutants"]
+            else f"a random sample of {tally['ran']:,} ({tally['ran'] / report['mutants']:.0%}) "
+            f"ran; seed {run['seed']}."
+        ),
         f"- Killed: {tally['killed']:,} of {tally['ran']:,}, **{_share(tally)}** "
         f"(95% interval, exact: {tally['low']:.1%} to {tally['high']:.1%})"
-        + (
-            f"; {tally['killed'] / rest:.1%} of those that are not equivalent."
-            if equivalent and rest
-            else "."
-        ),
+        + "".join(f"; {tally['killed'] / n:.1%} {of}" for of, n in rest.items() if n)
+        + ".",
         "- Survivors: "
         + (", ".join(f"{n} {verdict}" for verdict, n in report["verdicts"].items()) or "none")
         + ".",
         f"- {run['tests']:,} tests in the quick profile (8 examples a property), each mutant by "
-        f"those that enter its function, the fastest first and at most {run['limit']:g} s of them, "
-        "until one fails.",
+        f"those that run its statement, at most {run['first']:g} s of them, and where it survives "
+        f"those at most {run['limit']:g} s, until one fails.",
         f"- {run['where']}; {run['minutes']:.0f} minutes of processes.",
         "",
     ]

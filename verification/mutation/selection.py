@@ -1,4 +1,4 @@
-"""Which tests enter which function, and how long each takes: one traced run of the suite."""
+"""Which tests run which statement, and how long each takes: one traced run of the suite."""
 
 from __future__ import annotations
 
@@ -7,63 +7,75 @@ import hashlib
 import json
 import sys
 import time
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from types import CodeType, FrameType, FunctionType
+from types import FrameType, FunctionType
 from typing import NamedTuple, final
 
 import pytest
 
 from verification.mutation.forking import forked
-from verification.mutation.mutants import Source
+from verification.mutation.mutants import Place, Source
 from verification.mutation.suite import Suite
 
 # Seconds that a test may be expected to take before its own time is known.
 PATIENCE = 60.0
 
-Place = tuple[str, int]  # a function: its file, absolute, and its first line
-
 
 class Traced(NamedTuple):
-    """One test: its time under the tracer, and the functions that it entered."""
+    """One test: its processor time under the tracer, and the statements that it ran."""
 
     nodeid: str
     seconds: float
-    entered: frozenset[Place]
+    ran: frozenset[Place]
+
+
+@final
+class Tracer:
+    """For `sys.settrace`: keeps the statements of the sources that ran, in `seen`."""
+
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._statements = {source.path: source.statements for source in sources}
+        self.seen: set[Place] = set()
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> Tracer | None:
+        """Of a new frame or line; None leaves the frame alone."""
+        path = frame.f_code.co_filename
+        if path not in self._statements:
+            return None
+        line = frame.f_lineno
+        self.seen.add((path, self._statements[path].get(line, line)))
+        return self
 
 
 @final
 class Selection:
-    """The tests of every function. Tests that fail without a mutant are left out.
+    """The tests of every statement. Tests that fail without a mutant are left out.
 
     A limit on the time shall cut repetition: the k-th case of a parametrized test comes where a
     test of k times its duration would, and else the fastest first.
     """
 
     def __init__(self, traced: Iterable[Traced], items: Sequence[pytest.Item]) -> None:
-        by_id = {item.nodeid: item for item in items}
-        entering: dict[Place, list[Traced]] = {}
+        self._items = {item.nodeid: item for item in items}
+        self._running: dict[Place, list[Traced]] = {}
         self.tests = 0
-        for test in sorted(traced, key=lambda test: test.seconds):
+        for test in traced:
             self.tests += 1
-            for place in test.entered:
-                entering.setdefault(place, []).append(test)
-        self._of = {
-            place: [(by_id[test.nodeid], test.seconds) for test in by_turns(tests)]
-            for place, tests in entering.items()
-        }
+            for place in test.ran:
+                self._running.setdefault(place, []).append(test)
 
-    def of(self, place: Place, limit: float) -> list[tuple[pytest.Item, float]]:
-        """The first tests that enter the function, of at most `limit` seconds together."""
+    def of(self, places: Iterable[Place], limit: float) -> list[tuple[pytest.Item, float]]:
+        """The first tests that run one of the statements, of at most `limit` seconds together."""
+        found = {test.nodeid: test for place in places for test in self._running.get(place, [])}
         chosen, total = [], 0.0
-        for item, seconds in self._of.get(place, []):
-            total += seconds
+        for test in by_turns(sorted(found.values(), key=lambda test: test.seconds)):
+            total += test.seconds
             if total > limit and chosen:
                 break
-            chosen.append((item, seconds))
+            chosen.append((self._items[test.nodeid], test.seconds))
         return chosen
 
 
@@ -92,27 +104,30 @@ def select(
         items: the tests.
         sources: whose functions count.
         jobs: processes at a time.
-        cache: a file that keeps what was traced, as long as the sources and tests stay.
+        cache: a file that keeps what was traced, of each file of tests as long as it and the
+            sources stay.
     """
-    digest = _digest([source.path for source in sources], items)
-    if cache.exists():
-        kept = json.loads(cache.read_text(encoding="utf-8"))
-        if kept["digest"] == digest:
-            return Selection([_read(row) for row in kept["traced"]], items)
-    files = [list(group) for _, group in groupby(items, key=lambda item: item.path)]
-    found: list[Traced] = []
-    for group, outcome in forked(files, lambda group: _trace(suite, group, sources), jobs):
+    kept = json.loads(cache.read_text(encoding="utf-8")) if cache.exists() else {}
+    files = {path: list(group) for path, group in groupby(items, key=lambda item: str(item.path))}
+    digests = {path: _digest([source.path for source in sources], files[path]) for path in files}
+    rows = {path: kept[path]["rows"] for path in files if _known(kept, path, digests[path])}
+    todo = [path for path in files if path not in rows]
+    for path, outcome in forked(todo, lambda path: _trace(suite, files[path], sources), jobs):
         if outcome.value is None:
-            print(f"left out, {outcome.trouble}: {group[0].path}", flush=True)
+            print(f"left out, {outcome.trouble}: {path}", flush=True)
             continue
         traced, failing = outcome.value
-        found += traced
+        rows[path] = [[test.nodeid, test.seconds, sorted(test.ran)] for test in traced]
         for nodeid in failing:
             print(f"left out, it fails without a mutant: {nodeid}", flush=True)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    rows = [[test.nodeid, test.seconds, sorted(test.entered)] for test in found]
-    cache.write_text(json.dumps({"digest": digest, "traced": rows}), encoding="utf-8")
-    return Selection(found, items)
+    keep = {path: {"digest": digests[path], "rows": rows[path]} for path in rows}
+    cache.write_text(json.dumps(keep), encoding="utf-8")
+    return Selection([_read(row) for of_file in rows.values() for row in of_file], items)
+
+
+def _known(kept: dict, path: str, digest: str) -> bool:
+    return path in kept and kept[path]["digest"] == digest
 
 
 def live_functions(sources: Sequence[Source]) -> dict[Place, list[FunctionType]]:
@@ -129,41 +144,26 @@ def live_functions(sources: Sequence[Source]) -> dict[Place, list[FunctionType]]
 def _trace(
     suite: Suite, items: Sequence[pytest.Item], sources: Sequence[Source]
 ) -> tuple[list[Traced], list[str]]:
-    firsts = {source.path: sorted(line for _, line in source.functions) for source in sources}
+    tracer = Tracer(sources)
     traced, failing = [], []
-    seen: set[CodeType] = set()
-
-    def enter(frame: FrameType, event: str, argument: object) -> None:
-        if frame.f_code.co_filename in firsts:
-            seen.add(frame.f_code)
-
     for item in items:
-        seen.clear()
-        start = time.perf_counter()
-        sys.settrace(enter)
+        tracer.seen.clear()
+        start = time.process_time()  # whatever else this machine does
+        sys.settrace(tracer)
         try:
             passed = suite.passes(item, PATIENCE)
         finally:
             sys.settrace(None)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         if not passed:
             failing.append(item.nodeid)
             continue
-        traced.append(Traced(item.nodeid, seconds, frozenset(_places(seen, firsts))))
+        traced.append(Traced(item.nodeid, seconds, frozenset(tracer.seen)))
     return traced, failing
 
 
-def _places(codes: Iterable[CodeType], firsts: dict[str, list[int]]) -> Iterable[Place]:
-    """The outermost function of each code object: the last one that starts before it."""
-    for code in codes:
-        lines = firsts[code.co_filename]
-        place = bisect_right(lines, code.co_firstlineno) - 1
-        if place >= 0:
-            yield code.co_filename, lines[place]
-
-
 def _digest(paths: Iterable[str], items: Sequence[pytest.Item]) -> str:
-    """Of the sources, the files of the tests, and the tests' names."""
+    """Of the sources, the file of the tests, and the tests' names."""
     found = hashlib.sha256()
     for path in sorted({*paths, *(str(item.path) for item in items)}):
         found.update(Path(path).read_bytes())
@@ -172,5 +172,5 @@ def _digest(paths: Iterable[str], items: Sequence[pytest.Item]) -> str:
 
 
 def _read(row: list) -> Traced:
-    nodeid, seconds, entered = row
-    return Traced(nodeid, seconds, frozenset((path, first) for path, first in entered))
+    nodeid, seconds, ran = row
+    return Traced(nodeid, seconds, frozenset((path, first) for path, first in ran))
