@@ -56,7 +56,7 @@ APO = Method("RMSprop-APO", (APORMSprop(INITIAL_RATE),), "self-tuning")
 REGRESSION_FIXED = Method("RMSprop", tuple(RMSprop(lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)))
 REGRESSION_APO = Method(
     "RMSprop-APO",
-    tuple(APORMSprop(INITIAL_RATE, weight) for weight in (10.0, 1.0, 0.1, 0.01, 1e-3)),
+    tuple(APORMSprop(INITIAL_RATE, weight) for weight in (1e3, 100.0, 10.0, 1.0, 0.1)),
     "self-tuning",
 )
 
