@@ -22,6 +22,7 @@ from typing import Any, Literal, final
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import apo_core as apo
@@ -334,6 +335,7 @@ class Limits(Experiment):
             for value in filter(math.isfinite, fixed):
                 above.axvline(value, color="C1", lw=1)
             above.set(title=f"{task}; lines: {best.text()}", xscale="log", xlabel="training loss")
+            above.xaxis.set_minor_formatter(NullFormatter())  # they overlap within one decade
             labels = list(reversed(names)) if column == 0 else [""] * len(names)
             above.set_yticks(range(len(names)), labels)
             for name in (BASE, "20 steps", REMEDY):

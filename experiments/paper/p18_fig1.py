@@ -99,6 +99,9 @@ class ToyProblems(Experiment):
     title = "RMSprop-APO on Rosenbrock and on the poorly-conditioned regression"
     source = "P18 Figure 1, section 5.1"
     claims = ("p18-fig1",)
+    edges = MappingProxyType(
+        {("default", "Regression, RMSprop-APO"): "a λ_FSD above 1000 was not tried"}
+    )
     scales = MappingProxyType(
         {
             "smoke": "200 steps, every third recipe of each grid, 2 seeds of the regression",
