@@ -358,13 +358,11 @@ class Limits(Experiment):
             for count, names in sorted(pays.items(), reverse=True)
             if count
         )
-        gaps = [
-            f"{task}: {before} before, {after} with {REMEDY}"
-            for task, ours in by_task.items()
-            for best in [chosen(FIXED, ours, tuning=False)]
-            for before in [_ratio(VARIANTS[BASE], best, ours)]
-            for after in [_ratio(VARIANTS[REMEDY], best, ours)]
-        ]
+        gaps = []
+        for task, ours in by_task.items():
+            best = chosen(FIXED, ours, tuning=False)
+            before, after = (_ratio(VARIANTS[name], best, ours) for name in (BASE, REMEDY))
+            gaps.append(f"{task}: {before} before, {after} with {REMEDY}")
         return (
             f"Variants that pay {sentence or 'nowhere'}. Training loss over that of the best fixed "
             f"rate (geometric mean of paired ratios, 95% t interval): {'; '.join(gaps)}."
@@ -386,15 +384,9 @@ def _of(task: str, records: Sequence[Record]) -> list[Record]:
 
 def _problem(task: Task, data: Dataset, seed: int, device: str) -> Supervised:
     part = first(data.train, task.examples) if task.examples else data.train
-    return Supervised(
-        _tensors(part, task.loss_name),
-        _tensors(data.test, task.loss_name),
-        task.loss_name,
-        batch_size=task.batch_size,
-        seed=seed,
-        curvature_size=task.batch_size,
-        device=device,
-    )
+    both = [_tensors(one, task.loss_name) for one in (part, data.test)]
+    sizes = {"batch_size": task.batch_size, "curvature_size": task.batch_size}
+    return Supervised(both[0], both[1], task.loss_name, seed=seed, device=device, **sizes)
 
 
 def _tensors(part: Split, loss_name: LossName) -> tuple[Tensor, Tensor]:
