@@ -94,10 +94,10 @@ def run(options: argparse.Namespace, suite: Suite, items: list[pytest.Item]) -> 
     print(f"{selection.tests} tests traced", flush=True)
 
     def work(quantity: Quantity) -> Limit:
-        source, _, first = find(quantity, sources)
-        place = source.path, first
-        tests, few = (selection.of(place, options.limit / share) for share in (1, 4))
-        return measure(suite, quantity, sources, functions[place], tests, few)
+        source, name, first = find(quantity, sources)
+        places = source.within(name, first)
+        tests, few = (selection.of(places, options.limit / share) for share in (1, 4))
+        return measure(suite, quantity, sources, functions[source.path, first], tests, few)
 
     chosen = [q for q in QUANTITIES if not options.only or options.only in q.name]
     limits: dict[str, Limit] = {}

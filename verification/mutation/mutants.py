@@ -147,8 +147,11 @@ class Source:
 
     def body(self, mutant: Mutant) -> set[Place]:
         """All statements of its function."""
-        last = self.functions[mutant.function, mutant.first].end_lineno or mutant.first
-        lines = range(mutant.first, last + 1)
+        return self.within(mutant.function, mutant.first)
+
+    def within(self, function: str, first: int) -> set[Place]:
+        """All statements of the function of that name and first line."""
+        lines = range(first, (self.functions[function, first].end_lineno or first) + 1)
         return {(self.path, self.statements[line]) for line in lines if line in self.statements}
 
     def change(self, mutant: Mutant) -> Change:
