@@ -23,8 +23,8 @@ def install(session: nox.Session, *requirements: str) -> None:
 def verify(session: nox.Session) -> None:
     """Hold the engine to the reference, and print the ledger of the papers' claims.
 
-    Takes pytest's arguments, `--profile NAME` for Hypothesis' (quick, ci, random, thorough), and writes
-    results/ledger.json and results/ledger.html: `nox -s verify -- -k dense --profile thorough`.
+    Takes pytest's arguments, `--profile NAME` for Hypothesis' (quick, ci, random, thorough), and
+    writes results/ledger.json and .html: `nox -s verify -- -k dense --profile thorough`.
     """
     install(session, "-e", ".[peers]")
     profile = [
