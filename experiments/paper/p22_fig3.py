@@ -168,16 +168,16 @@ class UCIRegression(Experiment):
             "paper": f"{self._epochs('paper')}, the grids of appendix B.2, 3 seeds",
         }
         printed = "the grid is the paper's, as it is printed"
-        self.edges = {
+        edges: dict[tuple[Preset, str], str] = {
             ("paper", _row_label(dataset, method)): printed
             for dataset in datasets
             for method in METHODS[:-1]  # P₀ of APO-Precond is not the paper's
-        } | {
-            ("default", _row_label(dataset, METHODS[-1])): (
+        }
+        for dataset in datasets:
+            edges["default", _row_label(dataset, METHODS[-1])] = (
                 "λ_WSD's grid is the paper's; a meta-learning rate below 3e-4 was not tried"
             )
-            for dataset in datasets
-        }
+        self.edges = edges
 
     def _epochs(self, preset: Preset) -> str:
         """ "100 epochs of Parkinsons, 15 of Protein"."""
