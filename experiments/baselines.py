@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, final
 
@@ -24,21 +25,19 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", ".*torch.jit.script.*", DeprecationWarning)
     from curvlinops import FisherType, KFACInverseLinearOperator, KFACLinearOperator
 
+NORM_CONSTRAINT = 1e-3
 
-@final
-class KFAC(torch.optim.Optimizer):
+
+class KroneckerFactored(torch.optim.Optimizer, ABC):
     """θ ← θ − η v, v ← μ v + ν d, d = (A ⊗ B + λI)⁻¹ g, one block a layer, weight and bias jointly.
 
     symbol   meaning
     A, B     a layer's KFAC factors: E[a aᵀ] of its inputs (with a 1 for the bias) and E[Ds Dsᵀ] of
-             its output gradients, the expectation over the model's distribution taken exactly
+             its output gradients; how that expectation is taken, a subclass says
     λ        `damping`, added to the product A ⊗ B by way of the factors' eigenvalues
     μ, η     `momentum`, `lr`
     ν        min(1, √(κ / η² dᵀg)): κ, `norm_constraint`, bounds a step's length in the metric of
              the damped curvature (Ba et al., 2017); without it the first steps explode
-
-    The curvature is that of the mean loss ½‖z − t‖² (whose Fisher is that of N(z, I)) or of the
-    cross-entropy; curvlinops' MSELoss, a mean over outputs without the ½, is rescaled to it.
 
     Differs from Martens and Grosse (2015): every `interval` steps the factors are rebuilt from a
     fresh sample of examples, where they average over past mini-batches; the damping is exact,
@@ -55,6 +54,9 @@ class KFAC(torch.optim.Optimizer):
         momentum: μ in [0, 1).
         interval: steps from one rebuilding to the next.
         norm_constraint: κ > 0; math.inf for none.
+
+    Raises:
+        ValueError: a rate or damping is not positive.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class KFAC(torch.optim.Optimizer):
         damping: float,
         momentum: float = 0.9,
         interval: int = 10,
-        norm_constraint: float = 1e-3,
+        norm_constraint: float = NORM_CONSTRAINT,
     ) -> None:
         if lr <= 0 or damping <= 0:
             raise ValueError(f"`lr` and `damping` must be positive, got {lr} and {damping}.")
@@ -78,9 +80,14 @@ class KFAC(torch.optim.Optimizer):
         self.damping = damping
         self.interval = interval
         self.norm_constraint = norm_constraint
+        self._rebuilt = 0
         self._since_rebuild: int | None = None
         self._inverse: KFACInverseLinearOperator | None = None
         self._scale = 1.0
+
+    @abstractmethod
+    def curvature(self, batch: Batch) -> tuple[KFACLinearOperator, float]:
+        """Curvlinops' factors at the present θ, of a loss that is ours divided by the number."""
 
     @property
     def _params(self) -> list[nn.Parameter]:
@@ -88,26 +95,14 @@ class KFAC(torch.optim.Optimizer):
 
     def rebuild(self) -> None:
         """Take the Kronecker factors at the present θ, from a fresh sample, and invert them."""
-        inputs, targets = self.curvature_batch()
-        loss = nn.CrossEntropyLoss() if self.loss_name == "cross_entropy" else nn.MSELoss()
         with torch.enable_grad():
-            curvature = KFACLinearOperator(
-                self.model,
-                loss,
-                self._params,
-                [(inputs, targets)],
-                check_deterministic=False,
-                fisher_type=FisherType.TYPE2,
-                separate_weight_and_bias=False,
-                num_per_example_loss_terms=1,
-                num_data=len(inputs),
-            )
+            curvature, self._scale = self.curvature(self.curvature_batch())
             curvature.compute_kronecker_factors()
-        # MSELoss is 2/outputs times our ½‖z − t‖²: scale·C + λI = scale·(C + λ/scale·I)
-        self._scale = 1.0 if self.loss_name == "cross_entropy" else targets[0].numel() / 2
+        # scale·C + λI = scale·(C + λ/scale·I)
         self._inverse = KFACInverseLinearOperator(
             curvature, damping=self.damping / self._scale, use_exact_damping=True
         )
+        self._rebuilt += 1
         self._since_rebuild = 0
 
     def precondition(self, grads: list[Tensor]) -> list[Tensor]:
@@ -149,6 +144,32 @@ class KFAC(torch.optim.Optimizer):
         """Load learning rate and momentum; the factors are rebuilt at the next step."""
         super().load_state_dict(state_dict)
         self._since_rebuild, self._inverse = None, None
+
+
+@final
+class KFAC(KroneckerFactored):
+    """The expectation over the model's distribution taken exactly: a backward pass an output.
+
+    The curvature is that of the mean loss ½‖z − t‖² (whose Fisher is that of N(z, I)) or of the
+    cross-entropy; curvlinops' MSELoss, a mean over outputs without the ½, is rescaled to it.
+    """
+
+    def curvature(self, batch: Batch) -> tuple[KFACLinearOperator, float]:
+        """The factors of the exact Fisher; MSELoss is 2/outputs times our ½‖z − t‖²."""
+        inputs, targets = batch
+        classes = self.loss_name == "cross_entropy"
+        curvature = KFACLinearOperator(
+            self.model,
+            nn.CrossEntropyLoss() if classes else nn.MSELoss(),
+            self._params,
+            [(inputs, targets)],
+            check_deterministic=False,
+            fisher_type=FisherType.TYPE2,
+            separate_weight_and_bias=False,
+            num_per_example_loss_terms=1,
+            num_data=len(inputs),
+        )
+        return curvature, 1.0 if classes else targets[0].numel() / 2
 
 
 def shampoo(model: nn.Module, *, lr: float, interval: int = 1) -> torch.optim.Optimizer:

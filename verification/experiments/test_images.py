@@ -11,11 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from experiments import problems
+from experiments.baselines import NORM_CONSTRAINT
 from experiments.data import Split
 from experiments.images import Augmented, cropped_and_flipped, first, standardized_images
 from experiments.models import lenet, mlp
 from experiments.problems import LossName, Regularized, Supervised, mean_loss
-from experiments.sampled_kfac import NORM_CONSTRAINT, SampledKFAC
+from experiments.sampled_kfac import SampledKFAC
 from experiments.seeds import generator
 from verification.tolerances import BITWISE, FUNCTION, ROUNDING, SOLVE, assert_close
 
