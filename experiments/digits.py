@@ -25,10 +25,10 @@ from experiments.intervals import difference_interval, summary
 from experiments.models import mlp
 from experiments.plots import draw_runs, legend_below
 from experiments.problems import Supervised
-from experiments.recipes import SGD, APOLearningRate, APOPrecond, Recipe, recipe
+from experiments.recipes import SGD, APOLearningRate, APOPrecond, Recipe
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, at_edge, chosen, plan_grids, plan_search, runs_of, tried
 
 WIDTHS = (64, 256, 256, 10)
@@ -157,13 +157,13 @@ class Digits(Experiment):
         """Train on 80% of the digits; "loss" is the training loss, "test" the test error."""
         problem = digits_problem(context, trial.seed)
         model = mlp(WIDTHS, seed=trial.seed, device=context.device)
-        return train(
+        return train_trial(
+            trial,
+            context,
             model,
-            recipe(trial.options).build(model, problem),
             problem,
             steps=trial.options["epochs"] * problem.steps_per_epoch,
             record_every=EPOCHS_PER_POINT * problem.steps_per_epoch,
-            progress=context.progress,
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

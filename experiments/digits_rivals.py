@@ -27,7 +27,6 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import apo_core as apo
-from experiments import recipes
 from experiments.comparison import comparison_row, costs, draw_time_to_target, loss_ratio
 from experiments.digits import STEPS_PER_EPOCH, WIDTHS, digits_problem
 from experiments.intervals import summary
@@ -38,7 +37,7 @@ from experiments.recipes import SGD, Adam, Recipe, Shampoo, proximal_objective
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.rivals import rivals
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, chosen, plan_grids, plan_search, runs_of
 
 INITIAL_RATE = 1e-3
@@ -156,13 +155,13 @@ class DigitsRivals(Experiment):
         problem = digits_problem(context, trial.seed)
         model = mlp(WIDTHS, seed=trial.seed, device=context.device)
         steps = trial.options["epochs"] * problem.steps_per_epoch
-        return train(
+        return train_trial(
+            trial,
+            context,
             model,
-            recipes.recipe(trial.options).build(model, problem),
             problem,
             steps=steps,
             record_every=max(1, steps // POINTS),
-            progress=context.progress,
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

@@ -26,7 +26,6 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import apo_core as apo
-from experiments import recipes
 from experiments.data import Dataset, Split
 from experiments.data.dataset import first
 from experiments.intervals import Interval, ratio_interval, summary
@@ -36,7 +35,7 @@ from experiments.problems import LossName, Problem, Supervised
 from experiments.recipes import SGD, Recipe, proximal_objective
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, at_edge, chosen, plan_grids, runs_of
 
 POINTS = 40  # of a curve
@@ -284,13 +283,13 @@ class Limits(Experiment):
         widths = (math.prod(data.train.inputs.shape[1:]), *task.hidden, outputs)
         model = mlp(widths, seed=trial.seed, device=context.device)
         steps = trial.options["epochs"] * problem.steps_per_epoch
-        return train(
+        return train_trial(
+            trial,
+            context,
             model,
-            recipes.recipe(trial.options).build(model, problem),
             problem,
             steps=steps,
             record_every=max(1, steps // POINTS),
-            progress=context.progress,
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

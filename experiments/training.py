@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 import apo_core as apo
 from experiments.problems import Batch, Problem
-from experiments.recipes import hyperparameters
-from experiments.records import Outcome
+from experiments.recipes import hyperparameters, recipe
+from experiments.records import Outcome, Trial
+from experiments.registry import Context
 
 Progress = Callable[[int, int, str], None]
 
@@ -151,6 +152,26 @@ def train(
     seconds["training"] -= seconds["meta"]
     metrics.update({f"{name}_seconds": value for name, value in seconds.items()})
     return Outcome(metrics, curves)
+
+
+def train_trial(
+    trial: Trial,
+    context: Context,
+    model: nn.Module,
+    problem: Problem,
+    *,
+    steps: int,
+    record_every: int,
+) -> Outcome:
+    """`train` with the trial's recipe, its progress told to the context."""
+    return train(
+        model,
+        recipe(trial.options).build(model, problem),
+        problem,
+        steps=steps,
+        record_every=record_every,
+        progress=context.progress,
+    )
 
 
 @contextmanager

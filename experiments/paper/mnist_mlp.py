@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from experiments import recipes
 from experiments.data import Dataset
 from experiments.data.dataset import first
 from experiments.images import standardized_images
@@ -21,7 +20,7 @@ from experiments.models import mlp
 from experiments.problems import Supervised
 from experiments.records import Outcome, Trial
 from experiments.registry import Context
-from experiments.training import train
+from experiments.training import train_trial
 
 WIDTHS = (784, 1000, 1000, 10)
 BATCH_SIZE = 100
@@ -67,13 +66,13 @@ def image_problem(dataset: Dataset, trial: Trial, *, flat: bool, device: str) ->
 def run_epochs(model: nn.Module, problem: Supervised, trial: Trial, context: Context) -> Outcome:
     """Train with the trial's recipe for its epochs."""
     steps = trial.options["epochs"] * problem.steps_per_epoch
-    return train(
+    return train_trial(
+        trial,
+        context,
         model,
-        recipes.recipe(trial.options).build(model, problem),
         problem,
         steps=steps,
         record_every=max(1, steps // trial.options["points"]),
-        progress=context.progress,
     )
 
 

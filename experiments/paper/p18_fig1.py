@@ -18,25 +18,15 @@ from typing import Any, final
 
 from matplotlib.figure import Figure
 
-from experiments import recipes
 from experiments.apo_recipes import APORMSprop
 from experiments.comparison import comparison_row, comparison_sentence
-from experiments.models import Rosenbrock, mlp
 from experiments.paper.adaptation import draw_adaptation
-from experiments.paper.p22_fig4_left import (
-    BATCH_SIZE,
-    CONDITION,
-    TASK_SEED,
-    WIDTHS,
-    LinearRegression,
-    ill_conditioned,
-)
-from experiments.paper.p22_fig7 import START, RosenbrockValue
+from experiments.paper.p22_fig4_left import regress
+from experiments.paper.p22_fig7 import POINTS, START, descend
 from experiments.plots import draw_runs, legend_below
 from experiments.recipes import Recipe, RMSprop
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train
 from experiments.tuning import (
     Method,
     at_edge,
@@ -49,7 +39,6 @@ from experiments.tuning import (
 )
 
 INITIAL_RATE = 3e-4  # P22 section 6.1
-POINTS = 200  # of a curve
 
 FIXED = Method("RMSprop", tuple(RMSprop(lr) for lr in (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)))
 APO = Method("RMSprop-APO", (APORMSprop(INITIAL_RATE),), "self-tuning")
@@ -76,19 +65,6 @@ SCALES: dict[Preset, Scale] = {
     "default": Scale(steps=40_000, regression_steps=10_000, seeds=3),
     "paper": Scale(steps=40_000, regression_steps=40_000, seeds=5),
 }
-
-
-def descend(trial: Trial, context: Context, start: tuple[float, float]) -> Outcome:
-    """The trial's recipe on the Rosenbrock function, from a point."""
-    model, problem = Rosenbrock(start).to(context.device), RosenbrockValue()
-    return train(
-        model,
-        recipes.recipe(trial.options).build(model, problem),
-        problem,
-        steps=trial.options["steps"],
-        record_every=max(1, trial.options["steps"] // POINTS),
-        progress=context.progress,
-    )
 
 
 @final
@@ -130,24 +106,7 @@ class ToyProblems(Experiment):
         """Descend from (1, −1.5), or train the two-layer linear network."""
         if trial.options["problem"] == "rosenbrock":
             return descend(trial, context, START)
-        A = ill_conditioned(WIDTHS[-1], WIDTHS[0], CONDITION, TASK_SEED).to(context.device)
-        problem = LinearRegression(A, BATCH_SIZE, trial.seed)
-        model = mlp(
-            WIDTHS,
-            seed=trial.seed,
-            activation=None,
-            bias=False,
-            dtype=A.dtype,
-            device=context.device,
-        )
-        return train(
-            model,
-            recipes.recipe(trial.options).build(model, problem),
-            problem,
-            steps=trial.options["steps"],
-            record_every=max(1, trial.options["steps"] // POINTS),
-            progress=context.progress,
-        )
+        return regress(trial, context, record_every=max(1, trial.options["steps"] // POINTS))
 
     def table(self, records: Sequence[Record]) -> list[Row]:
         """Final f of Rosenbrock's best fixed rate and of APO, final J of the regression's."""

@@ -16,13 +16,8 @@ from matplotlib.figure import Figure
 
 from experiments.apo_recipes import APORMSprop
 from experiments.paper.adaptation import draw_adaptation
-from experiments.paper.p18_fig1 import (
-    APO,
-    INITIAL_RATE,
-    descend,
-    rosenbrock_row,
-    rosenbrock_sentence,
-)
+from experiments.paper.p18_fig1 import APO, INITIAL_RATE, rosenbrock_row, rosenbrock_sentence
+from experiments.paper.p22_fig7 import descend
 from experiments.plots import draw_runs, legend_below
 from experiments.recipes import RMSprop
 from experiments.records import Outcome, Record, Trial

@@ -22,7 +22,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from experiments import recipes
 from experiments.comparison import (
     comparison_row,
     comparison_sentence,
@@ -35,7 +34,7 @@ from experiments.problems import Supervised
 from experiments.recipes import KFAC, SGD, Adam, APOPrecond, Shampoo
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, plan_search
 
 HIDDEN = (100, 100)
@@ -213,13 +212,13 @@ class UCIRegression(Experiment):
         widths = (data.train.inputs.shape[1], *HIDDEN, 1)
         model = mlp(widths, seed=trial.seed, device=context.device)
         steps = trial.options["epochs"] * problem.steps_per_epoch
-        return train(
+        return train_trial(
+            trial,
+            context,
             model,
-            recipes.recipe(trial.options).build(model, problem),
             problem,
             steps=steps,
             record_every=max(1, steps // POINTS),
-            progress=context.progress,
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

@@ -21,7 +21,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from experiments import recipes
 from experiments.comparison import comparison_row, comparison_sentence, draw_comparison
 from experiments.models import mlp
 from experiments.problems import Batch, Problem, Stream, mean_loss
@@ -29,7 +28,7 @@ from experiments.recipes import KFAC, SGD, Adam, APOPrecond, Shampoo
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.seeds import generator
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, plan_search
 
 WIDTHS = (6, 6, 10)
@@ -129,6 +128,28 @@ class LinearRegression(Problem):
         return {"loss": (model(basis).T - self.A).square().sum().item()}
 
 
+def regress(trial: Trial, context: Context, *, record_every: int) -> Outcome:
+    """The trial's recipe on the regression, from the two-layer linear network of its seed."""
+    A = ill_conditioned(WIDTHS[-1], WIDTHS[0], CONDITION, TASK_SEED).to(context.device)
+    problem = LinearRegression(A, BATCH_SIZE, trial.seed)
+    model = mlp(
+        WIDTHS,
+        seed=trial.seed,
+        activation=None,
+        bias=False,
+        dtype=torch.float64,
+        device=context.device,
+    )
+    return train_trial(
+        trial,
+        context,
+        model,
+        problem,
+        steps=trial.options["steps"],
+        record_every=record_every,
+    )
+
+
 @final
 class PoorlyConditioned(Experiment):
     """Training loss of five optimizers on the poorly-conditioned regression."""
@@ -161,24 +182,7 @@ class PoorlyConditioned(Experiment):
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train on fresh examples."""
-        A = ill_conditioned(WIDTHS[-1], WIDTHS[0], CONDITION, TASK_SEED).to(context.device)
-        problem = LinearRegression(A, BATCH_SIZE, trial.seed)
-        model = mlp(
-            WIDTHS,
-            seed=trial.seed,
-            activation=None,
-            bias=False,
-            dtype=torch.float64,
-            device=context.device,
-        )
-        return train(
-            model,
-            recipes.recipe(trial.options).build(model, problem),
-            problem,
-            steps=trial.options["steps"],
-            record_every=trial.options["steps"] // 100,
-            progress=context.progress,
-        )
+        return regress(trial, context, record_every=trial.options["steps"] // 100)
 
     def table(self, records: Sequence[Record]) -> list[Row]:
         """Final J of each method's chosen recipe."""

@@ -25,8 +25,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import apo_core
-from experiments import recipes
 from experiments.comparison import comparison_row, comparison_sentence, draw_comparison
 from experiments.data import Split
 from experiments.images import first
@@ -36,7 +34,7 @@ from experiments.recipes import SGD, Adam, APOPrecond, Shampoo
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.sampled_kfac import KFACSampled
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, plan_search
 
 WIDTHS = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -198,13 +196,13 @@ class DeepAutoencoder(Experiment):
             trial.options["widths"], seed=trial.seed, activation=nn.Sigmoid, device=context.device
         )
         steps = trial.options["epochs"] * supervised.steps_per_epoch
-        return train(
+        return train_trial(
+            trial,
+            context,
             model,
-            built(recipes.recipe(trial.options), model, problem),
             problem,
             steps=steps,
             record_every=-(-steps // POINTS),
-            progress=context.progress,
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:
@@ -224,15 +222,6 @@ class DeepAutoencoder(Experiment):
             f"{comparison_sentence(apo, others, records)}. P22 reports it faster than first-order "
             "methods, competitive with second-order ones, and behind KFAC."
         )
-
-
-def built(recipe: recipes.Recipe, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
-    """The recipe's optimizer; an APO's discrepancy is that of Bernoulli pixels."""
-    optimizer = recipe.build(model, problem)
-    if isinstance(optimizer, apo_core.APO):
-        weights = optimizer.objective.fsd_weight, optimizer.objective.wsd_weight
-        optimizer.objective = apo_core.ProximalObjective("bernoulli_kl", *weights)
-    return optimizer
 
 
 def _pixels(part: Split) -> tuple[Tensor, Tensor]:

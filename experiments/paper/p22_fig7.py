@@ -29,12 +29,13 @@ from experiments.problems import Batch, Problem, Stream
 from experiments.recipes import SGD, APOLearningRate, APOPrecond, Recipe
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train
+from experiments.training import train_trial
 from experiments.tuning import Method, at_edge, chosen, mean_loss, plan_grids, runs_of, tried
 
 START = (1.0, -1.5)
 SEED = 0  # nothing is random
 FINE_POINTS = 15
+POINTS = 200  # of a curve
 
 COARSE = Method(
     "SGD", tuple(SGD(lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1))
@@ -117,6 +118,20 @@ def fine_grid(coarse_best: float, points: int) -> tuple[float, ...]:
     return tuple(float(f"{rate:.4g}") for rate in fine)
 
 
+def descend(trial: Trial, context: Context, start: tuple[float, float]) -> Outcome:
+    """The trial's recipe on the Rosenbrock function, from a point."""
+    steps = trial.options["steps"]
+    model = Rosenbrock(start).to(context.device)
+    return train_trial(
+        trial,
+        context,
+        model,
+        RosenbrockValue(),
+        steps=steps,
+        record_every=max(1, steps // POINTS),
+    )
+
+
 @final
 class RosenbrockFigure(Experiment):
     """Training loss on the Rosenbrock function."""
@@ -149,16 +164,7 @@ class RosenbrockFigure(Experiment):
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Descend from (1, −1.5)."""
-        model = Rosenbrock(START).to(context.device)
-        problem = RosenbrockValue()
-        return train(
-            model,
-            recipes.recipe(trial.options).build(model, problem),
-            problem,
-            steps=trial.options["steps"],
-            record_every=trial.options["steps"] // 200,
-            progress=context.progress,
-        )
+        return descend(trial, context, START)
 
     def table(self, records: Sequence[Record]) -> list[Row]:
         """Final f of the best fixed rate and of each adaptive method's best recipe."""

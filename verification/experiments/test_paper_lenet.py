@@ -26,7 +26,7 @@ from experiments.gap import (
     late_share,
 )
 from experiments.models import mlp
-from experiments.paper.p22_fig4_right import DeepAutoencoder, built
+from experiments.paper.p22_fig4_right import DeepAutoencoder
 from experiments.paper.p22_fig24 import VARIANTS, MiniBatches, apo
 from experiments.paper.p22_fig27 import LeNetPreconditioners, decayed
 from experiments.problems import Supervised
@@ -265,7 +265,7 @@ def _points() -> tuple[Tensor, Tensor]:
 def test_the_autoencoders_discrepancy_is_that_of_its_pixels() -> None:
     model, pixels = mlp((6, 3, 6), seed=0, activation=nn.Sigmoid), torch.rand(8, 6)
     problem = Supervised((pixels, pixels), (pixels, pixels), "bernoulli", batch_size=4, seed=0)
-    optimizer = built(APOPrecond(0.1, 1e-3, fsd_weight=0.3, wsd_weight=2.0), model, problem)
+    optimizer = APOPrecond(0.1, 1e-3, fsd_weight=0.3, wsd_weight=2.0).build(model, problem)
     objective = optimizer.objective  # type: ignore[attr-defined]
     assert (objective.fsd_weight, objective.wsd_weight) == (0.3, 2.0)
     before, after = (np.random.default_rng(s).normal(size=(5, 6)) for s in (0, 1))
