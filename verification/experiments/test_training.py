@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments import training
 from experiments.apo_recipes import APOSGD
 from experiments.models import Rosenbrock, mlp
 from experiments.problems import Supervised
@@ -238,6 +239,25 @@ def test_the_seconds_of_a_curve_are_those_of_steps_and_meta_steps() -> None:
     assert all(before < after for before, after in pairwise(seconds))
     whole = metrics["training_seconds"] + metrics["meta_seconds"]
     assert_close(seconds[-1], whole, ROUNDING, size=9)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_the_meter_of_memory_changes_nothing(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metered = _run(recipe)
+    monkeypatch.setattr(training, "METERED_STEPS", 0)
+    alone = _run(recipe)
+    for name in alone.curves.keys() - {"seconds"}:
+        assert _same(alone.curves[name], metered.curves[name]), name
+    held = sum(p.nbytes for p in mlp(WIDTHS, seed=0).parameters())
+    assert metered.metrics["peak_bytes"] > 2 * held  # parameters and gradients, and what they need
+    assert alone.metrics["peak_bytes"] >= held
+
+
+def test_momentum_holds_as_many_bytes_as_the_parameters() -> None:
+    without, momentum = (_run(SGD(0.1, momentum=mu)).metrics["peak_bytes"] for mu in (0.0, 0.9))
+    assert momentum - without == sum(p.nbytes for p in mlp(WIDTHS, seed=0).parameters())
 
 
 def test_the_step_ratio_of_sgd_is_its_learning_rate() -> None:
