@@ -9,8 +9,7 @@ self-tuning    one recipe for all tasks, its authors' default; nothing is search
 APO's defaults are those of `limits`: κ = 1.1, λ_FSD = 1e-3, RMSprop with 0.1 every 10 steps, the
 step over-relaxed by σ = 1.8 where the rule has no momentum of its own, and an initial rate of 1e-3.
 They were chosen on digits, Parkinsons and MNIST with three seeds, which are reporting seeds here
-too; so their place on digits is not out of sample. Muon is left out: its iteration in bfloat16
-takes more than a second a step on a CPU. The test set has no say.
+too; so their place on digits is not out of sample. The test set has no say.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def methods(steps: int) -> tuple[list[Method], list[Method]]:
         Method("SGDm", tuple(SGD(lr, momentum=0.9) for lr in (0.01, 0.03, 0.1, 0.3, 1.0))),
         Method("Adam", tuple(Adam(lr) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1))),
         Method("Shampoo", tuple(Shampoo(lr, interval=10) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1))),
-        *(method for method in others if method.track == "tuned" and method.label != "Muon"),
+        *(method for method in others if method.track == "tuned"),
     ]
     own = [
         Method(f"APO-{rule}", (SelfTuned(rule, update_scale=sigma),), "self-tuning")

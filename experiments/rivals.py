@@ -1,12 +1,12 @@
-"""Rivals beyond the papers: SOAP, Muon, Prodigy, Schedule-Free SGD, hypergradients, schedules.
+"""Rivals beyond the papers: second-order and schedule-free, self-tuning and scheduled.
 
 Each is a recipe whose defaults are what its authors recommend, and `rivals` gives each a grid with
-that default in it. The algorithms are those of `pytorch_optimizer` and `torch.optim`; hypergradient
-descent, which neither has, is here.
+that default in it. The algorithms are those of `torch.optim`, `pytorch_optimizer` and their
+authors' own packages; hypergradient descent, which no package has, is here.
 
-track            methods                                     what is given to them
-"tuned"          SOAP, Muon, Schedule-Free SGD, schedules    a searched learning rate
-"self-tuning"    Prodigy, hypergradient descent              little: they adapt the rate themselves
+track            methods                                       what is given to them
+"tuned"          SOAP, Muon, Schedule-Free SGD, schedules      a searched learning rate
+"self-tuning"    Prodigy, Mechanic, MoMo, SPS, hypergradients  little: they adapt the rate
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, final
 
+import momo
 import pytorch_optimizer
 import torch
-from torch import nn
+from mechanic_pytorch import mechanize
+from pytorch_optimizer.optimizer.utils.matrix import zero_power_via_newton_schulz_5
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
 
 from experiments.problems import Problem
@@ -56,6 +59,26 @@ class SOAP(Recipe):
 
 
 @final
+class MuonInFloat32(pytorch_optimizer.Muon):
+    """Muon whose Newton-Schulz iteration is in float32 where the library's is in bfloat16.
+
+    A CPU without instructions for bfloat16 multiplies such matrices a hundred times slower.
+    """
+
+    @staticmethod
+    def _orthogonalize(group: dict[str, Any], updates: list[Tensor]) -> list[Tensor]:
+        return [
+            zero_power_via_newton_schulz_5(
+                update.flatten(1),
+                num_steps=group["ns_steps"],
+                weights=group["ns_coeffs"],
+                dtype=torch.float32,
+            )
+            for update in updates
+        ]
+
+
+@final
 @dataclass(frozen=True)
 class Muon(Recipe):
     """Momentum orthogonalized by Newton and Schulz for the matrices, AdamW for the rest.
@@ -72,7 +95,7 @@ class Muon(Recipe):
     weight_decay: float = 0.01
 
     def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
-        """pytorch_optimizer.Muon; a kernel is taken as a matrix with a row an output channel."""
+        """pytorch_optimizer.Muon, on a CPU in float32; a kernel is a matrix of its channels."""
         params = list(model.parameters())
         matrices = [p for p in params if p.ndim >= 2]
         hidden = matrices[:-1] or matrices
@@ -83,7 +106,8 @@ class Muon(Recipe):
         ]
         for group in groups:
             group["weight_decay"] = self.weight_decay
-        return pytorch_optimizer.Muon([group for group in groups if group["params"]])
+        kind = pytorch_optimizer.Muon if params[0].is_cuda else MuonInFloat32
+        return kind([group for group in groups if group["params"]])
 
     def text(self) -> str:
         """Both learning rates."""
@@ -108,6 +132,47 @@ class Prodigy(Recipe):
     def text(self) -> str:
         """The factor of the estimate."""
         return f"d_coef = {self.d_coef:.4g}"
+
+
+@final
+@dataclass(frozen=True)
+class Mechanic(Recipe):
+    """SGD whose steps since the start are scaled as a whole, by online learning of the scale.
+
+    Source: Cutkosky et al. (2023), and their code for the defaults.
+    """
+
+    s_decay: float = 0.01
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """mechanic_pytorch's wrapper of torch.optim.SGD."""
+        return mechanize(torch.optim.SGD, s_decay=self.s_decay)(model.parameters(), lr=1.0)
+
+    def text(self) -> str:
+        """The weight of its decay."""
+        return f"s_decay = {self.s_decay:.4g}"
+
+
+@final
+@dataclass(frozen=True)
+class MoMo(Recipe):
+    """SGD with momentum whose rate is a Polyak step on the averaged loss, at most `lr`.
+
+    Without momentum it is the stochastic Polyak step size SPS_max with c = 1.
+
+    Source: Schaipp et al. (2024), and their code for the defaults; Loizou et al. (2021), eq. 3.
+    """
+
+    lr: float = 1.0
+    momentum: float = 0.9
+
+    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
+        """momo.Momo, the loss bounded below by 0."""
+        return momo.Momo(model.parameters(), lr=self.lr, beta=self.momentum)
+
+    def text(self) -> str:
+        """The bound of η."""
+        return f"η ≤ {self.lr:.4g}, μ = {self.momentum:.4g}"
 
 
 @final
@@ -277,6 +342,17 @@ def rivals(steps: int) -> list[Method]:
         Method(
             "Prodigy",
             (Prodigy(), *(Prodigy(d_coef=factor) for factor in (3.0, 0.3))),
+            track="self-tuning",
+        ),
+        Method(
+            "Mechanic SGD",
+            (Mechanic(), *(Mechanic(s_decay=decay) for decay in (0.1, 0.0))),
+            track="self-tuning",
+        ),
+        Method("MoMo", (MoMo(), MoMo(lr=10.0), MoMo(lr=0.1)), track="self-tuning"),
+        Method(
+            "SPS",
+            tuple(MoMo(lr=lr, momentum=0.0) for lr in (1.0, 10.0, 0.1)),
             track="self-tuning",
         ),
         Method(

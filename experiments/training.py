@@ -141,7 +141,7 @@ def train(
         before = [p.detach().clone() for p in params] if due else []
         try:
             with metered:
-                optimizer.step()
+                optimizer.step(partial(_known, loss))
         except torch.linalg.LinAlgError:
             finite = False
             metrics["steps"] = float(step - 1)
@@ -220,6 +220,11 @@ def _meta_passes(objective: apo.ProximalObjective) -> float:
     trust = TRUST_PASSES if objective.trust_factor is not None else 0.0
     discrepancy = DISCREPANCY_PASSES + trust if objective.fsd_weight > 0 else 0.0
     return LOSS_PASSES + trust + discrepancy
+
+
+def _known(loss: Tensor) -> Any:
+    """A closure for optimizers that ask for the loss of the gradient that they are given."""
+    return loss
 
 
 def _held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

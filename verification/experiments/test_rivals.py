@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_optimizer
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, MultiStepLR
@@ -18,7 +19,9 @@ from experiments.records import Outcome
 from experiments.rivals import (
     CosineSGD,
     HypergradientDescent,
+    MoMo,
     Muon,
+    MuonInFloat32,
     ScheduleFreeSGD,
     StepSGD,
     rivals,
@@ -31,6 +34,7 @@ from verification.tolerances import FUNCTION, assert_close
 WIDTHS = (5, 7, 6, 3)
 EXAMPLES, BATCH, STEPS = 48, 16, 20
 METHODS = rivals(STEPS)
+VARIED = {"Prodigy": "d_coef", "SGD-HD": "hypergradient_lr", "Mechanic SGD": "s_decay"}
 
 
 def _data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -63,8 +67,9 @@ def test_a_rival_trains_and_repeats_and_leaves_the_global_random_state(method: M
 def test_the_authors_default_stands_first_in_the_grid_and_inside_it(method: Method) -> None:
     default, *others = method.grid
     kind: Any = type(default)
-    assert default == (kind(STEPS) if hasattr(default, "steps") else kind())
-    varied = {"Prodigy": "d_coef", "SGD-HD": "hypergradient_lr"}.get(method.label, "lr")
+    own = {"SPS": {"momentum": 0.0}}.get(method.label, {})
+    assert default == (kind(STEPS) if hasattr(default, "steps") else kind(**own))
+    varied = VARIED.get(method.label, "lr")
     values = [getattr(one, varied) for one in others]
     assert min(values) < getattr(default, varied) < max(values)
 
@@ -187,6 +192,51 @@ def test_hypergradient_descent_refuses_rates_that_are_none(lr: float, beta: floa
     model = mlp(WIDTHS, seed=0)
     with pytest.raises(ValueError, match="`lr` must be positive and `hypergradient_lr` non-negat"):
         HypergradientDescent(model.parameters(), lr=lr, hypergradient_lr=beta)
+
+
+@pytest.mark.parametrize("lr", [1e9, 0.05])
+def test_momo_without_momentum_is_the_bounded_stochastic_polyak_step(lr: float) -> None:
+    steps = 3
+    model = mlp(WIDTHS, seed=0, dtype=torch.float64)
+    problem = _problem(torch.float64, batch=EXAMPLES)
+    optimizer = MoMo(lr=lr, momentum=0.0).build(model, problem)
+    outcome = train(model, optimizer, problem, steps=steps, record_every=1)
+
+    # Loizou et al. (2021), eq. 3 with c = 1, f* = 0: η = min{f / ‖∇f‖², η_b}
+    weights, rates, condition = _start(), [], 1.0
+    for loss in outcome.curves["loss"][:-1]:
+        gradient = _gradient(weights)
+        square = sum(float((g * g).sum()) for g in gradient)
+        # the library adds and takes off ⟨∇f, θ⟩, two sums that cancel
+        along = sum(float(np.abs(g * w).sum()) for g, w in zip(gradient, weights, strict=True))
+        condition = max(condition, 1 + 2 * along / loss)
+        rates.append(min(loss / square, lr))
+        weights = [w - rates[-1] * g for w, g in zip(weights, gradient, strict=True)]
+    assert all((rate == lr) == (lr < 1) for rate in rates), "each side of the bound is met"
+    assert_close(
+        np.array(outcome.curves["step_ratio"][1:]),
+        np.array(rates),
+        FUNCTION,
+        size=EXAMPLES + sum(w.size for w in weights),
+        iterations=steps,
+        condition=condition,
+    )
+
+
+def test_muon_in_float32_steps_as_the_library_does_in_bfloat16() -> None:
+    steps = []
+    for kind in (MuonInFloat32, pytorch_optimizer.Muon):
+        weight = torch.zeros(6, 8, requires_grad=True)
+        weight.grad = torch.randn(6, 8, generator=generator(1, "task"))
+        kind([{"params": [weight], "lr": 1.0, "use_muon": True}]).step()
+        steps.append(weight.detach().double().numpy())
+    ours, library = steps
+    # bfloat16 rounds to 2⁻⁸, in each of 5 iterations of three products; near 1, where the singular
+    # values end, the iteration's slope is below 1.7 in absolute value and errors do not grow.
+    assert np.linalg.norm(ours - library, 2) < 5 * 3 * 1.7 * 2**-8
+    # Jordan et al. (2024): five iterations take the singular values into about [0.7, 1.2]
+    values = np.linalg.svd(ours, compute_uv=False)
+    assert np.abs(values - 0.95).max() < 0.3
 
 
 @pytest.mark.parametrize(("widths", "moved"), [((5, 7, 6, 3), [0, 2]), ((5, 3), [0])])
