@@ -27,14 +27,14 @@ from typing import Literal, final
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import apo_core as apo
 from experiments import recipes
 from experiments.intervals import ratio_interval, summary
 from experiments.models import mlp
 from experiments.plots import draw_runs, legend_below
-from experiments.problems import Batch, Problem, Stream, Supervised
+from experiments.problems import Batch, Judged, Problem, Supervised
 from experiments.recipes import Recipe
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
@@ -97,8 +97,15 @@ SCALES: dict[Preset, Scale] = {
 }
 
 
-@final
-class Measured(Problem):
+JUDGED = ("share", "best", "converged")
+
+
+def judged_by_gap(
+    problem: Problem,
+    optimizer: apo.APO,
+    pairs: Sequence[tuple[Batch, Batch]],
+    solver_steps: int,
+) -> Judged:
     """A problem that is judged by the gap too: "share", "best" = −min Q̂, "converged" (0 or 1).
 
     Args:
@@ -108,44 +115,17 @@ class Measured(Problem):
         solver_steps: the most iterations of L-BFGS.
     """
 
-    def __init__(
-        self,
-        problem: Problem,
-        optimizer: apo.APO,
-        pairs: Sequence[tuple[Batch, Batch]],
-        solver_steps: int,
-    ) -> None:
-        self.problem, self.loss_name = problem, problem.loss_name
-        self.optimizer, self.pairs, self.solver_steps = optimizer, pairs, solver_steps
-
-    def batch(self, stream: Stream) -> Batch:
-        """The next mini-batch of the stream."""
-        return self.problem.batch(stream)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """J_B(θ)."""
-        return self.problem.loss(model, batch)
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The network's outputs."""
-        return self.problem.outputs(model, batch)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """What the problem returns, and the gap; all infinite where the loss is not finite."""
-        values = self.problem.evaluate(model)
-        if not all(map(math.isfinite, values.values())):
-            return values | dict.fromkeys(("share", "best", "converged"), math.inf)
+    def judge(model: nn.Module) -> dict[str, float]:
         closures = [
-            (partial(self.loss, model, batch), partial(self.outputs, model, other))
-            for batch, other in self.pairs
+            (partial(problem.loss, model, batch), partial(problem.outputs, model, other))
+            for batch, other in pairs
         ]
-        found = apo.amortization_gap(self.optimizer, closures, steps=self.solver_steps)
+        found = apo.amortization_gap(optimizer, closures, steps=solver_steps)
         share = found.gap / -found.best if found.best < 0 else math.inf
-        return values | {
-            "share": share,
-            "best": -found.best,
-            "converged": float(found.converged),
-        }
+        values = (share, -found.best, float(found.converged))
+        return dict(zip(JUDGED, values, strict=True))
+
+    return Judged(problem, judge, JUDGED)
 
 
 @final
@@ -202,7 +182,7 @@ class GapExperiment(Experiment):
         return train(
             model,
             optimizer,
-            Measured(problem, optimizer, pairs, trial.options["solver_steps"]),
+            judged_by_gap(problem, optimizer, pairs, trial.options["solver_steps"]),
             steps=trial.options["steps"],
             record_every=trial.options["record_every"],
             progress=context.progress,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, TypeAlias, final
 
@@ -117,6 +117,45 @@ class Supervised(Problem):
         }
         model.train()
         return found
+
+
+@final
+class Judged(Problem):
+    """Another problem, whose evaluation says more.
+
+    Args:
+        problem: what is trained on.
+        judge: returns further values of the model, by name.
+        names: theirs; all infinite where the problem's own values are not finite.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        judge: Callable[[nn.Module], dict[str, float]],
+        names: Sequence[str],
+    ) -> None:
+        self.problem, self.judge, self.names = problem, judge, names
+        self.loss_name = problem.loss_name
+
+    def batch(self, stream: Stream) -> Batch:
+        """The next mini-batch of the other problem."""
+        return self.problem.batch(stream)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """J_B(θ)."""
+        return self.problem.loss(model, batch)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The network's outputs."""
+        return self.problem.outputs(model, batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """What the other problem returns, and what the judge does."""
+        values = self.problem.evaluate(model)
+        if not all(map(math.isfinite, values.values())):
+            return values | dict.fromkeys(self.names, math.inf)
+        return values | self.judge(model)
 
 
 @final

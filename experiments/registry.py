@@ -50,6 +50,7 @@ MODULES = (
     "experiments.digits_rivals",
     "experiments.limits",
     "experiments.gap",
+    "experiments.sharpness",
     "experiments.overhead",
     "experiments.paper",
 )

@@ -21,8 +21,8 @@ from experiments.gap import (
     INITIAL_RATE,
     WSD_WEIGHT,
     GapExperiment,
-    Measured,
     QuadraticAPO,
+    judged_by_gap,
     late_share,
 )
 from experiments.models import mlp
@@ -285,7 +285,7 @@ def test_the_share_is_that_of_the_parabola_in_the_learning_rate() -> None:
     problem = Supervised(data, data, "cross_entropy", batch_size=4, seed=0)
     optimizer = QuadraticAPO("SGD", 1).build(model, problem)
     pairs = [(problem.batch("loss"), problem.batch("discrepancy")) for _ in range(3)]
-    values = Measured(problem, optimizer, pairs, solver_steps=100).evaluate(model)
+    values = judged_by_gap(problem, optimizer, pairs, solver_steps=100).evaluate(model)
 
     params = dict(model.named_parameters())
     a = b = 0.0
