@@ -185,7 +185,7 @@ def hessian_free(
         g: (n,).
         product: v -> (curvature) v, positive definite with the damping; (n,) -> (n,).
         wsd_weight: lambda_WSD >= 0.
-        iterations: at most; n if None.
+        iterations: at most; n if None. It stops before, where the residual is eps ||g||.
 
     Source: Martens 2010, algorithm 2; P22 section 3.2.
 
@@ -197,9 +197,11 @@ def hessian_free(
     wsd_weight = non_negative("wsd_weight", wsd_weight)
     d, residual = np.zeros_like(g), -g
     direction, iterates = residual, [theta]
+    # The recursion's residual falls for ever; that of d is no less than the rounding of M d = -g.
+    rounding = np.finfo(float).eps * np.linalg.norm(g)
     for _ in range(len(g) if iterations is None else iterations):
         square = residual @ residual
-        if square == 0.0:
+        if np.sqrt(square) <= rounding:
             break
         M_direction = finite_array("product", product(direction), g.shape) + wsd_weight * direction
         curvature = direction @ M_direction

@@ -278,6 +278,17 @@ def test_hessian_free_minimizes_the_second_order_loss_without_fsd(
     assert step.residual_norm <= found.gradient_tolerance
 
 
+def test_hessian_free_stops_where_its_residual_is_rounding() -> None:
+    """Its recursion goes on falling, down to where its square is 0 beside that of a direction."""
+    M = np.array([[4.0, 1.0, 0.5], [1.0, 3.0, 0.2], [0.5, 0.2, 2.0]])
+    g = np.array([1.0, -2.0, 0.7])
+    step = hessian_free(np.zeros(3), g, lambda v: M @ v, iterations=1_000)
+    assert step.residual_norm <= np.finfo(float).eps * np.linalg.norm(g)
+    assert len(step.iterates) <= 10
+    condition = float(np.linalg.cond(M))
+    assert_close(step.theta, -np.linalg.solve(M, g), SOLVE, condition=condition, size=3)
+
+
 @pytest.mark.parametrize(
     ("method", "divergence"),
     [
