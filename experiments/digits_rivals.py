@@ -19,69 +19,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from types import MappingProxyType
-from typing import Literal, final
+from typing import final
 
-import torch
 from matplotlib.figure import Figure
-from torch import nn
 
-import apo_core as apo
 from experiments.comparison import comparison_row, costs, draw_time_to_target, loss_ratio
 from experiments.digits import STEPS_PER_EPOCH, WIDTHS, digits_problem
 from experiments.intervals import summary
 from experiments.models import mlp
 from experiments.plots import draw_runs, legend_below
-from experiments.problems import Problem
-from experiments.recipes import SGD, Adam, Recipe, Shampoo, proximal_objective
+from experiments.recipes import SGD, Adam, Recipe, Shampoo
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.rivals import rivals
+from experiments.self_tuned import Rule, SelfTuned
 from experiments.training import train_trial
 from experiments.tuning import Method, chosen, plan_grids, plan_search, runs_of
 
-INITIAL_RATE = 1e-3
 POINTS = 30  # of a curve
 
 
-Rule = Literal["SGD", "SGDm", "RMSprop", "Adam"]
 # σ: a step past the best one pays where nothing else carries θ on.
 RELAXATIONS: dict[Rule, float] = {"SGD": 1.8, "RMSprop": 1.8, "SGDm": 1.0, "Adam": 1.0}
-
-
-@final
-@dataclass(frozen=True)
-class SelfTuned(Recipe):
-    """A rule with the settings that hold across tasks; `limits` found them."""
-
-    rule: Rule
-    lr: float = INITIAL_RATE
-    fsd_weight: float = 1e-3
-    trust_factor: float | None = 1.1
-    update_scale: float = 1.0
-    meta_lr: float = 0.1
-    interval: int = 10
-
-    def build(self, model: nn.Module, problem: Problem) -> torch.optim.Optimizer:
-        """APO over the rule."""
-        if self.rule == "SGDm":
-            rule = apo.rules.SGD(model, lr=self.lr, momentum=0.9)
-        else:
-            rule = {"SGD": apo.rules.SGD, "RMSprop": apo.rules.RMSprop, "Adam": apo.rules.Adam}[
-                self.rule
-            ](model, lr=self.lr)
-        phi = [p for p in rule.parameters() if p.requires_grad]
-        return apo.APO(
-            model,
-            rule,
-            proximal_objective(problem, self.fsd_weight, trust_factor=self.trust_factor),
-            torch.optim.RMSprop(phi, lr=self.meta_lr),
-            interval=self.interval,
-            update_scale=self.update_scale,
-        )
-
-    def text(self) -> str:
-        """The initial η and σ."""
-        return f"η₀ = {self.lr:.4g}, σ = {self.update_scale:g}"
 
 
 def methods(steps: int) -> tuple[list[Method], list[Method]]:

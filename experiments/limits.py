@@ -26,19 +26,15 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import apo_core as apo
-from experiments.data import Dataset, Split
-from experiments.data.dataset import first
-from experiments.intervals import Interval, ratio_interval, summary
-from experiments.models import mlp
+from experiments.intervals import summary
 from experiments.plots import draw_runs, legend_below
-from experiments.problems import LossName, Problem, Supervised
+from experiments.problems import Problem
 from experiments.recipes import SGD, Recipe, proximal_objective
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train_trial
+from experiments.small_tasks import TASKS, final_ratio, of_task, train_task
 from experiments.tuning import Method, at_edge, chosen, plan_grids, runs_of
 
-POINTS = 40  # of a curve
 RMSPROP_RATE = 0.1
 
 
@@ -207,26 +203,6 @@ FIXED = Method("best fixed η", tuple(SGD(lr) for lr in (0.05, 0.1, 0.2, 0.5, 1.
 
 
 @dataclass(frozen=True)
-class Task:
-    """A data set, the hidden layers of its MLP, and how long they are trained."""
-
-    hidden: tuple[int, ...]
-    epochs: int
-    batch_size: int
-    loss_name: LossName = "cross_entropy"
-    examples: int | None = None  # the first of the training set
-    seeds: int = 3
-
-
-TASKS = {
-    "digits": Task((256, 256), epochs=60, batch_size=128, seeds=5),  # it is quick, and differs most
-    "parkinsons": Task((100, 100), epochs=30, batch_size=128, loss_name="squared_error"),
-    "mnist": Task((100, 100), epochs=20, batch_size=100, examples=5_000),
-    "fashion-mnist": Task((100, 100), epochs=20, batch_size=100, examples=5_000),
-}
-
-
-@dataclass(frozen=True)
 class Scale:
     """What a preset runs: a share of the epochs, every how many-th variant, seeds of its own."""
 
@@ -275,35 +251,20 @@ class Limits(Experiment):
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train; "loss" is the training loss."""
-        name = trial.options["dataset"]
-        task = TASKS[name]
-        data = context.load(name)
-        problem = _problem(task, data, trial.seed, context.device)
-        outputs = data.classes or data.train.targets.shape[1]
-        widths = (math.prod(data.train.inputs.shape[1:]), *task.hidden, outputs)
-        model = mlp(widths, seed=trial.seed, device=context.device)
-        steps = trial.options["epochs"] * problem.steps_per_epoch
-        return train_trial(
-            trial,
-            context,
-            model,
-            problem,
-            steps=steps,
-            record_every=max(1, steps // POINTS),
-        )
+        return train_task(trial, context)
 
     def table(self, records: Sequence[Record]) -> list[Row]:
         """Each variant's final training loss on each task, beside its ratio to the base."""
         rows = []
         for task in TASKS:
-            ours = _of(task, records)
+            ours = of_task(task, records)
             best = chosen(FIXED, ours, tuning=False)
             entries = [(FIXED.label, best), *VARIANTS.items()]
             for name, one in entries:
                 runs = runs_of(one, ours)
                 if not runs:
                     continue
-                ratio = _ratio(one, VARIANTS[BASE], ours)
+                ratio = final_ratio(one, VARIANTS[BASE], ours)
                 edge = at_edge(FIXED, best) if one is best else ""
                 notes = [f"{ratio} of {BASE}" if ratio else "", edge]
                 rows.append(
@@ -322,7 +283,7 @@ class Limits(Experiment):
         figure.set_size_inches(14, 10)
         grid = figure.subplots(2, len(TASKS), gridspec_kw={"height_ratios": [1.3, 1]})
         for column, task in enumerate(TASKS):
-            ours = _of(task, records)
+            ours = of_task(task, records)
             above, below = grid[0][column], grid[1][column]
             best = chosen(FIXED, ours, tuning=False)
             names = [name for name, one in VARIANTS.items() if runs_of(one, ours)]
@@ -345,10 +306,10 @@ class Limits(Experiment):
 
     def verdict(self, records: Sequence[Record]) -> str:
         """What pays where, and what is left of the gap to the best fixed rate."""
-        by_task = {task: _of(task, records) for task in TASKS}
+        by_task = {task: of_task(task, records) for task in TASKS}
         pays: dict[int, list[str]] = {}
         for name, one in VARIANTS.items():
-            ratios = [_ratio(one, VARIANTS[BASE], ours) for ours in by_task.values()]
+            ratios = [final_ratio(one, VARIANTS[BASE], ours) for ours in by_task.values()]
             count = sum(ratio is not None and ratio.high < 1 for ratio in ratios)
             if name != BASE and any(ratios):
                 pays.setdefault(count, []).append(name)
@@ -360,38 +321,12 @@ class Limits(Experiment):
         gaps = []
         for task, ours in by_task.items():
             best = chosen(FIXED, ours, tuning=False)
-            before, after = (_ratio(VARIANTS[name], best, ours) for name in (BASE, REMEDY))
+            before, after = (final_ratio(VARIANTS[name], best, ours) for name in (BASE, REMEDY))
             gaps.append(f"{task}: {before} before, {after} with {REMEDY}")
         return (
             f"Variants that pay {sentence or 'nowhere'}. Training loss over that of the best fixed "
             f"rate (geometric mean of paired ratios, 95% t interval): {'; '.join(gaps)}."
         )
-
-
-def _ratio(one: Recipe, other: Recipe, records: Sequence[Record]) -> Interval | None:
-    """Final training loss of `one` over `other`'s, paired by seed; None for itself or no pair."""
-    theirs = {run.seed: run.metric("loss") for run in runs_of(other, records)}
-    runs = [run for run in runs_of(one, records) if run.seed in theirs]
-    if one == other or not runs:
-        return None
-    return ratio_interval([r.metric("loss") for r in runs], [theirs[r.seed] for r in runs])
-
-
-def _of(task: str, records: Sequence[Record]) -> list[Record]:
-    return [record for record in records if record.options["dataset"] == task]
-
-
-def _problem(task: Task, data: Dataset, seed: int, device: str) -> Supervised:
-    part = first(data.train, task.examples) if task.examples else data.train
-    both = [_tensors(one, task.loss_name) for one in (part, data.test)]
-    sizes = {"batch_size": task.batch_size, "curvature_size": task.batch_size}
-    return Supervised(both[0], both[1], task.loss_name, seed=seed, device=device, **sizes)
-
-
-def _tensors(part: Split, loss_name: LossName) -> tuple[Tensor, Tensor]:
-    kind = torch.int64 if loss_name == "cross_entropy" else torch.float32
-    inputs = torch.tensor(part.inputs, dtype=torch.float32).flatten(1)
-    return inputs, torch.tensor(part.targets, dtype=kind)
 
 
 register(Limits())

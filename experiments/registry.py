@@ -49,6 +49,7 @@ MODULES = (
     "experiments.digits",
     "experiments.digits_rivals",
     "experiments.limits",
+    "experiments.limits_rules",
     "experiments.gap",
     "experiments.sharpness",
     "experiments.overhead",

@@ -32,7 +32,6 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from experiments.digits import STEPS_PER_EPOCH, WIDTHS, digits_problem
-from experiments.digits_rivals import SelfTuned
 from experiments.intervals import Interval, ratio_interval, summary
 from experiments.models import mlp
 from experiments.plots import draw_runs, legend_below
@@ -40,6 +39,7 @@ from experiments.problems import Judged, Supervised
 from experiments.recipes import SGD
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
+from experiments.self_tuned import SelfTuned
 from experiments.training import train_trial
 from experiments.tuning import Method, plan_grids, runs_of
 
@@ -73,8 +73,8 @@ class Scale:
 
 SCALES: dict[Preset, Scale] = {
     "smoke": Scale(epochs=1, points=2, seeds=1),
-    "default": Scale(epochs=60, points=24, seeds=3),
-    "paper": Scale(epochs=300, points=60, seeds=5),
+    "default": Scale(epochs=60, points=24, seeds=5),
+    "paper": Scale(epochs=300, points=60, seeds=10),
 }
 
 
@@ -116,8 +116,8 @@ class Sharpness(Experiment):
     scales = MappingProxyType(
         {
             "smoke": "1 epoch, 2 points, 1 seed",
-            "default": "60 epochs, 24 points, 3 seeds",
-            "paper": "300 epochs, 60 points, 5 seeds (the papers have no such figure)",
+            "default": "60 epochs, 24 points, 5 seeds",
+            "paper": "300 epochs, 60 points, 10 seeds (the papers have no such figure)",
         }
     )
 

@@ -15,7 +15,6 @@ from experiments.limits import (
     BASE,
     FIXED,
     REMEDY,
-    TASKS,
     VARIANTS,
     APOVariant,
     Limits,
@@ -25,6 +24,7 @@ from experiments.models import mlp
 from experiments.problems import Batch, Problem, Stream, Supervised
 from experiments.records import Outcome, Record, Trial
 from experiments.seeds import generator
+from experiments.small_tasks import TASKS
 from experiments.tuning import runs_of
 from verification.experiments.fakes import UNIT
 from verification.tolerances import CENTRAL_DIFFERENCE, ROUNDING, assert_close
