@@ -47,9 +47,10 @@ def experiments(session: nox.Session) -> None:
     """Run experiments and write their report to results/.
 
     Takes names and options: `nox -s experiments -- p22-fig3 --preset smoke`; without names the
-    default suite, which needs no download.
+    default suite, which needs no download. Population based training brings Ray, 0.5 GB.
     """
-    install(session, "-e", ".[experiments]")
+    extra = "sweep" if "p18-fig15" in session.posargs else "experiments"
+    install(session, "-e", f".[{extra}]")
     session.run("python", "-m", "experiments", "run", *session.posargs, env=ONE_THREAD)
 
 

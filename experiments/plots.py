@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.transforms import ScaledTranslation
 
 from experiments.records import Record
+
+LABELS_HEIGHT = 0.45  # inches below the axes, for the ticks' labels and the axis' own
 
 
 def draw_runs(
@@ -55,4 +58,13 @@ def draw_runs(
 def legend_below(axes: Axes) -> None:
     """The legend under the axes, where it hides no curve."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), fontsize=7, frameon=False)
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        below = ScaledTranslation(0, -LABELS_HEIGHT, figure.dpi_scale_trans)
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, 0.0),
+            bbox_transform=axes.transAxes + below,
+            fontsize=7,
+            frameon=False,
+        )

@@ -15,7 +15,16 @@ from experiments.parallel import cores
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # The libraries whose code a trial may run through; absent ones are left out.
-LIBRARIES = ("numpy", "scipy", "scikit-learn", "curvlinops-for-pytorch", "pytorch-optimizer")
+LIBRARIES = (
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "curvlinops-for-pytorch",
+    "pytorch-optimizer",
+    "mechanic-pytorch",
+    "momo-opt",
+    "ray",
+)
 
 
 @dataclass(frozen=True)

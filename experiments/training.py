@@ -49,6 +49,7 @@ def train(
     record_every: int,
     meta_loss_batch: Literal["same", "fresh"] = "same",
     discrepancy_batch: Literal["same", "fresh"] = "fresh",
+    metered_steps: int = METERED_STEPS,
     progress: Progress = lambda done, total, text: None,
 ) -> Outcome:
     """Take `steps` steps and record every `record_every` of them, and the last.
@@ -66,6 +67,8 @@ def train(
             eq. 12, or on another, as in eq. 13.
         discrepancy_batch: whether Q's function space discrepancy is on a fresh mini-batch, as in
             P22 eq. 12, or on that of the gradient, as in eq. 14.
+        metered_steps: in the first so many steps the memory is measured on the CPU, which slows
+            them to about a third on a small network.
         progress: called with (done, total, text) at every point of record.
 
     Returns:
@@ -81,8 +84,7 @@ def train(
         metrics: what `evaluate` returned last, infinite if the run diverged; "steps" taken,
             "passes", "skipped_meta_steps" of an APO, the seconds of training, meta-steps and
             evaluation, and "peak_bytes": on CUDA what the device's allocator had given out at the
-            most; on the CPU the parameters, the buffers and all that a step makes and keeps, in the
-            first 11 steps, which the meter slows to about a third on a small network.
+            most; on the CPU the parameters, the buffers and all that the metered steps make.
     """
     metrics: dict[str, float] = {}
     curves: dict[str, list[float]] = {}
@@ -113,7 +115,7 @@ def train(
     finite = evaluate(0, math.nan)
     for step in range(1, steps + 1):
         began = perf_counter()
-        metered = meter if step <= METERED_STEPS and not on_cuda else nullcontext()
+        metered = meter if step <= metered_steps and not on_cuda else nullcontext()
         batch = problem.batch("loss")
         with metered:
             optimizer.zero_grad()

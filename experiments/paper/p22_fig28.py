@@ -71,13 +71,20 @@ SCALES: dict[Preset, Scale] = {
 }
 
 
+def _initial(one: object) -> float:
+    assert isinstance(one, Amortized)
+    return one.lr
+
+
 def _methods() -> list[Method]:
     """Every method with every initial rate of any preset: the records say which of them ran."""
     everything = [scale.methods() for scale in SCALES.values()]
     return [
         Method(
             same[0].label,
-            tuple(dict.fromkeys(one for method in same for one in method.grid)),
+            tuple(
+                sorted({one for method in same for one in method.grid}, key=_initial, reverse=True)
+            ),
             "self-tuning",
         )
         for same in zip(*everything, strict=True)
@@ -133,7 +140,8 @@ class InitialRates(Experiment):
                     unit, label = steps_per_epoch(runs[0].options), f"η₀ = {_initial(one):g}"
                     draw_runs(loss, runs, "loss", label, steps_per_unit=unit)
                     draw_adaptation(rate, runs, "learning_rate", label, steps_per_unit=unit)
-            loss.set(title=method.label, yscale="log")
+            # what diverges leaves through the top
+            loss.set(title=method.label, yscale="log", ylim=(None, 10.0))
             rate.set(xlabel="epoch")
             legend_below(rate)
         panels[0, 0].set(ylabel="training loss")
@@ -145,11 +153,6 @@ class InitialRates(Experiment):
             "; ".join(parts) + ". P22 and P18 report almost identical losses and learning rates "
             "from all of them."
         )
-
-
-def _initial(one: object) -> float:
-    assert isinstance(one, Amortized)
-    return one.lr
 
 
 def _dead(runs: Sequence[Record]) -> int:
