@@ -51,13 +51,18 @@ def trial(label: str, recipe: Recipe, seed: int, task: Mapping[str, Any]) -> Tri
 
 
 def runs_of(recipe: Recipe, records: Sequence[Record], *, tuning: bool = False) -> list[Record]:
-    """The records of a recipe with the reporting (or the tuning) seeds, by seed."""
-    options = recipe.options()
+    """The records of a recipe with the reporting (or the tuning) seeds, by seed.
+
+    A hyperparameter that a record lacks had no other value than its default when it was made.
+    """
+    options, defaults = recipe.options(), {f.name: f.default for f in fields(recipe)}
     found = [
         record
         for record in records
         if (record.seed >= FIRST_TUNING_SEED) == tuning
-        and all(record.options.get(name) == value for name, value in options.items())
+        and all(
+            record.options.get(name, defaults.get(name)) == value for name, value in options.items()
+        )
     ]
     return sorted(found, key=lambda record: record.seed)
 

@@ -125,6 +125,15 @@ def test_runs_of_finds_every_seed_of_one_recipe_alone() -> None:
     assert [run.seed for run in runs_of(SGD(0.1), records, tuning=True)] == [TUNING]
 
 
+def test_a_record_from_before_a_hyperparameter_is_one_of_its_default() -> None:
+    run = _record(SGD(0.1), 0, 0.1)
+    options = {name: value for name, value in run.options.items() if name != "momentum"}
+    before = replace(run, trial=replace(run.trial, options=options))
+    assert runs_of(SGD(0.1), [before]) == [before]
+    assert not runs_of(SGD(0.1, momentum=0.9), [before])
+    assert not runs_of(SGD(0.2), [before])
+
+
 @pytest.mark.parametrize(
     ("rate", "expected"),
     [(0.01, "lr at the grid's edge"), (0.1, ""), (1.0, "lr at the grid's edge")],
