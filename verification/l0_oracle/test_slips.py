@@ -253,6 +253,7 @@ def test_p18_eq_6_and_not_eq_5_is_the_minimizer_of_eq_4() -> None:
     assert_close(point.u - theta, [0.25], SOLVE, scale=2.0, what="twice eq. 5's 0.125")
 
 
+@pytest.mark.loose("Three terms, which both sides add in the same order: they agree to the bit.")
 @given(seed=seeds)
 def test_p18_eq_9_needs_the_logits_of_the_same_input_in_the_numerator(seed: int) -> None:
     """As printed, at no change it is -KL(p(z~) || p(z)) < 0, where a divergence is 0."""
