@@ -107,7 +107,7 @@ SCALES: dict[Preset, Scale] = {
         task(examples=5_000, epochs=20, points=10),
         Grids(
             sgd=(0.03, 0.1, 0.3, 1.0),
-            sgdm=(3e-3, 0.01, 0.03, 0.1),
+            sgdm=(0.01, 0.03, 0.1, 0.3),
             rmsprop=(1e-4, 3e-4, 1e-3, 3e-3),
             sgd_weights=(0.1, 0.01, 1e-3, 0.0),
             sgdm_weights=(100.0, 10.0, 1.0, 0.1),
