@@ -4,8 +4,12 @@ SGDm, RMSprop and Adam, each as the papers run them, in a trust region, and with
 times what was looked at. For SGDm (μ = 0.9) P18 tunes η "as if there's no momentum" and applies
 momentum on top, so that a gradient moves θ in the end by 1/(1 − μ) = 10 times what was looked at; σ
 = 0.1 undoes that, and 0.18 is the over-relaxation of 1.8 which `limits` found for SGD. "buffer"
-looks ahead along the momentum buffer instead. Every variant starts from 1e-3 with K = 10 and λ_FSD
-= 1e-3, beside the best of six fixed rates, which is chosen on the same seeds' training loss.
+looks ahead along the momentum buffer instead. Every variant starts from 1e-3, or "from above", with
+K = 10 and λ_FSD = 1e-3, beside the best of six fixed rates, which is chosen on the same seeds'
+training loss.
+
+Why from above: a greedy rate follows the sharpness, and the sharpness the rate (`sharpness`), so
+that where η settles can depend on where it came from.
 
 The papers have no such table: they search λ for every task.
 """
@@ -35,11 +39,8 @@ SEEDS = 3
 
 
 def _variants(rule: Rule, *scales: float) -> dict[str, Recipe]:
-    return {
-        PAPERS: SelfTuned(rule, trust_factor=None),
-        TRUST: SelfTuned(rule),
-        **{f"σ = {scale:g}, {TRUST}": SelfTuned(rule, update_scale=scale) for scale in scales},
-    }
+    relaxed = {f"σ = {scale:g}, {TRUST}": SelfTuned(rule, update_scale=scale) for scale in scales}
+    return {PAPERS: SelfTuned(rule, trust_factor=None), TRUST: SelfTuned(rule), **relaxed}
 
 
 VARIANTS: Mapping[Rule, Mapping[str, Recipe]] = {
@@ -47,9 +48,18 @@ VARIANTS: Mapping[Rule, Mapping[str, Recipe]] = {
         **_variants("SGDm", 0.1, 0.18, 0.3),
         "σ = 0.18": SelfTuned("SGDm", update_scale=0.18, trust_factor=None),
         f"buffer, {TRUST}": SelfTuned("SGDm", lookahead_momentum=True),
+        f"σ = 0.18, {TRUST}, from 10": SelfTuned("SGDm", lr=10.0, update_scale=0.18),
     },
-    "RMSprop": _variants("RMSprop", 1.8),
-    "Adam": _variants("Adam", 1.8),
+    "RMSprop": {
+        **_variants("RMSprop", 1.8),
+        f"{TRUST}, from 0.1": SelfTuned("RMSprop", lr=0.1),
+        f"σ = 1.8, {TRUST}, from 0.1": SelfTuned("RMSprop", lr=0.1, update_scale=1.8),
+    },
+    "Adam": {
+        **_variants("Adam", 1.8),
+        f"{TRUST}, from 0.1": SelfTuned("Adam", lr=0.1),
+        f"σ = 1.8, {TRUST}, from 0.1": SelfTuned("Adam", lr=0.1, update_scale=1.8),
+    },
 }
 FIXED: Mapping[Rule, Method] = {
     "SGDm": Method(
