@@ -64,7 +64,7 @@ VARIANTS: Mapping[Rule, Mapping[str, Recipe]] = {
 FIXED: Mapping[Rule, Method] = {
     "SGDm": Method(
         "SGDm",
-        tuple(SGD(lr, momentum=MOMENTUM) for lr in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)),
+        tuple(SGD(lr, momentum=MOMENTUM) for lr in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)),
     ),
     "RMSprop": Method("RMSprop", tuple(map(RMSprop, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)))),
     "Adam": Method("Adam", tuple(map(Adam, (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)))),
