@@ -263,12 +263,16 @@ class Parametrized(Manifold):
             best = int(np.argmin(values))
             if not np.isfinite(values[best]):
                 break
-            ends.append(self._newton(Q, b, self.grid[best]))
+            ends.append(self._newton(Q, b, self.grid[best], near))
             values[np.linalg.norm(self.grid - self.grid[best], axis=1) <= near] = np.inf
         return min(ends, key=lambda w: _quadratic(Q, b, self.point(w)))
 
-    def _newton(self, Q: Array, b: Array, w: Array) -> Array:
-        """A minimum of the quadratic along M near w: Newton steps, halved until they help."""
+    def _newton(self, Q: Array, b: Array, w: Array, near: float) -> Array:
+        """A minimum of the quadratic along M near w: Newton steps, halved until they help.
+
+        None is longer than `near`: where the curvature is 0 a step would leave the grid by far, and
+        f(w) of a large angle w is that of a rounded one.
+        """
 
         def gradient(w: Array) -> Array:
             return self.jacobian(w).T @ (Q @ self.point(w) + b)
@@ -281,6 +285,7 @@ class Parametrized(Manifold):
             eigenvalues, vectors = np.linalg.eigh(curvature(w))
             floor = 1e-12 * np.abs(eigenvalues).max()
             step = vectors @ ((vectors.T @ g) / np.maximum(np.abs(eigenvalues), floor))
+            step *= near / max(near, float(np.linalg.norm(step)))
             value, share = _quadratic(Q, b, self.point(w)), 1.0
             while share > 1e-8 and not _quadratic(Q, b, self.point(w - share * step)) < value:
                 share *= 0.5

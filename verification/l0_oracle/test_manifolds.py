@@ -104,6 +104,15 @@ def test_what_is_left_after_a_projection_is_normal(name: str, seed: int) -> None
 
 
 @given(seed=seeds)
+def test_a_point_is_found_where_the_grid_is(seed: int) -> None:
+    """Angles have other turns, in whose thousands they are rounded: Newton's steps are bounded."""
+    manifold = torus()
+    Y = 2.0 * np.random.default_rng(seed).standard_normal(3)
+    w = manifold.locate(manifold.project(Y))
+    assert np.abs(w).max() <= 2.0 * np.pi
+
+
+@given(seed=seeds)
 def test_a_parametrized_circle_is_a_circle(seed: int) -> None:
     rng = np.random.default_rng(seed)
     general, special = parametrized_circle(1.7), Sphere(np.zeros(2), 1.7)
