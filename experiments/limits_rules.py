@@ -4,7 +4,8 @@ SGDm, RMSprop and Adam, each as the papers run them, in a trust region, and with
 times what was looked at. For SGDm (μ = 0.9) P18 tunes η "as if there's no momentum" and applies
 momentum on top, so that a gradient moves θ in the end by 1/(1 − μ) = 10 times what was looked at; σ
 = 0.1 undoes that, and 0.18 is the over-relaxation of 1.8 which `limits` found for SGD. "buffer"
-looks ahead along the momentum buffer instead. Every variant starts from 1e-3, or "from above", with
+looks ahead along the momentum buffer instead. Adam looks ahead along its average of gradients; there
+σ below 1 is tried for the same reason. Every variant starts from 1e-3, or "from above", with
 K = 10 and λ_FSD = 1e-3, beside the best of six fixed rates, which is chosen on the same seeds'
 training loss.
 
@@ -56,7 +57,7 @@ VARIANTS: Mapping[Rule, Mapping[str, Recipe]] = {
         f"σ = 1.8, {TRUST}, from 0.1": SelfTuned("RMSprop", lr=0.1, update_scale=1.8),
     },
     "Adam": {
-        **_variants("Adam", 1.8),
+        **_variants("Adam", 0.1, 0.3, 1.8),
         f"{TRUST}, from 0.1": SelfTuned("Adam", lr=0.1),
         f"σ = 1.8, {TRUST}, from 0.1": SelfTuned("Adam", lr=0.1, update_scale=1.8),
     },
