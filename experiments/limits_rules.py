@@ -4,9 +4,9 @@ SGDm, RMSprop and Adam, each as the papers run them, in a trust region, and with
 times what was looked at. For SGDm (μ = 0.9) P18 tunes η "as if there's no momentum" and applies
 momentum on top, so that a gradient moves θ in the end by 1/(1 − μ) = 10 times what was looked at; σ
 = 0.1 undoes that, and 0.18 is the over-relaxation of 1.8 which `limits` found for SGD. "buffer"
-looks ahead along the momentum buffer instead. Adam looks ahead along its average of gradients; there
-σ below 1 is tried for the same reason. Every variant starts from 1e-3, or "from above", with
-K = 10 and λ_FSD = 1e-3, beside the best of six fixed rates, which is chosen on the same seeds'
+looks ahead along the momentum buffer instead. Adam looks ahead along its average of gradients; σ
+below 1 is tried there for the same reason. Every variant starts from 1e-3, or "from above", with K
+= 10 and λ_FSD = 1e-3, beside the best of six fixed rates, which is chosen on the same seeds'
 training loss.
 
 Why from above: a greedy rate follows the sharpness, and the sharpness the rate (`sharpness`), so
