@@ -7,11 +7,11 @@ from collections import Counter
 import pytest
 import torch
 
-from experiments.digits_rivals import RELAXATIONS, DigitsRivals, methods
+from experiments.digits_rivals import DigitsRivals, methods
 from experiments.models import mlp
 from experiments.problems import Supervised
 from experiments.seeds import generator
-from experiments.self_tuned import Rule, SelfTuned
+from experiments.self_tuned import RELAXATIONS, Rule, SelfTuned
 from experiments.tuning import FIRST_TUNING_SEED
 from verification.tolerances import ROUNDING, assert_close
 
