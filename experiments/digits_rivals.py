@@ -31,7 +31,7 @@ from experiments.recipes import SGD, Adam, Recipe, Shampoo
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.rivals import rivals
-from experiments.self_tuned import RELAXATIONS, SelfTuned
+from experiments.self_tuned import SETTINGS
 from experiments.training import train_trial
 from experiments.tuning import Method, chosen, plan_grids, plan_search, runs_of
 
@@ -48,10 +48,7 @@ def methods(steps: int) -> tuple[list[Method], list[Method]]:
         Method("Shampoo", tuple(Shampoo(lr, interval=10) for lr in (1e-3, 3e-3, 1e-2, 3e-2, 0.1))),
         *(method for method in others if method.track == "tuned"),
     ]
-    own = [
-        Method(f"APO-{rule}", (SelfTuned(rule, update_scale=sigma),), "self-tuning")
-        for rule, sigma in RELAXATIONS.items()
-    ]
+    own = [Method(f"APO-{rule}", (one,), "self-tuning") for rule, one in SETTINGS.items()]
     return tuned, [*own, *(method for method in others if method.track == "self-tuning")]
 
 

@@ -5,8 +5,7 @@ setting    value        from
 λ_FSD      1e-3         P22 section 6.3; 0 and 0.1 make no visible difference in `limits`
 meta       RMSprop 0.1  P22 section 6.3; Adam, Rprop and smaller rates do neither better nor worse
 K          10           P22 section 6.1; 1 is no better
-η₀         1e-3         it is forgotten after a few meta-steps
-σ          RELAXATIONS  the one whose worst ratio to the best fixed rate over four tasks is lowest
+η₀, σ      SETTINGS     those whose worst ratio to the best fixed rate over four tasks is lowest
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ INITIAL_RATE = 1e-3
 MOMENTUM = 0.9
 
 Rule = Literal["SGD", "SGDm", "RMSprop", "Adam"]
-RELAXATIONS: dict[Rule, float] = {"SGD": 1.8, "RMSprop": 1.8, "SGDm": 0.3, "Adam": 0.3}
 
 
 @final
@@ -74,3 +72,11 @@ class SelfTuned(Recipe):
     def text(self) -> str:
         """The initial η and σ."""
         return f"η₀ = {self.lr:.4g}, σ = {self.update_scale:g}"
+
+
+SETTINGS: dict[Rule, SelfTuned] = {
+    "SGD": SelfTuned("SGD", update_scale=1.8),
+    "SGDm": SelfTuned("SGDm", lr=10.0, update_scale=0.18),
+    "RMSprop": SelfTuned("RMSprop", lr=0.1, update_scale=1.8),
+    "Adam": SelfTuned("Adam", update_scale=0.3),
+}

@@ -11,7 +11,7 @@ from experiments.digits_rivals import DigitsRivals, methods
 from experiments.models import mlp
 from experiments.problems import Supervised
 from experiments.seeds import generator
-from experiments.self_tuned import RELAXATIONS, Rule, SelfTuned
+from experiments.self_tuned import SETTINGS, Rule, SelfTuned
 from experiments.tuning import FIRST_TUNING_SEED
 from verification.tolerances import ROUNDING, assert_close
 
@@ -19,14 +19,14 @@ RATE = 1e-3
 STEPS = 6
 
 
-@pytest.mark.parametrize("rule", RELAXATIONS)
+@pytest.mark.parametrize("rule", SETTINGS)
 def test_with_a_meta_rate_of_zero_it_is_torchs_optimizer_with_relaxed_steps(rule: Rule) -> None:
     source = generator(5, "task")
     data = (
         torch.randn(24, 4, generator=source, dtype=torch.float64),
         torch.randint(0, 3, (24,), generator=source),
     )
-    sigma = RELAXATIONS[rule]
+    sigma = SETTINGS[rule].update_scale
     # a trust region keeps the first K steps below twice the first, which momentum goes beyond
     recipe = SelfTuned(rule, lr=RATE, meta_lr=0.0, update_scale=sigma, trust_factor=None)
     ends = []
