@@ -182,7 +182,7 @@ class DigitsRivals(Experiment):
         )
 
 
-_SHOWN = ("APO-SGD", "APO-Adam", "APO-SGDm", "Prodigy", "SGD", "SGDm", "Adam", "SGDm, cosine")
+_SHOWN = ("APO-SGD", "APO-SGDm", "APO-RMSprop", "Prodigy", "Muon", "SGDm", "Adam", "SGDm, cosine")
 
 
 def _best(entries: dict[str, Recipe], records: Sequence[Record]) -> str:

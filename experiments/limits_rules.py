@@ -169,7 +169,7 @@ class RuleLimits(Experiment):
             for run in runs_of(best, ours):
                 if math.isfinite(run.metric("loss")):
                     axes.axvline(run.metric("loss"), color="C1", lw=1)
-            axes.set(title=f"{rule}, {task}; lines: {best.text()}", xscale="log")
+            axes.set(title=f"{rule}, {task}\nlines: {best.text()}", xscale="log")
             axes.xaxis.set_minor_formatter(NullFormatter())  # they overlap within one decade
             first = task == next(iter(TASKS))
             axes.set_yticks(range(len(variants)), list(variants)[::-1] if first else [])

@@ -145,11 +145,11 @@ class InitialRates(Experiment):
                     unit, label = steps_per_epoch(runs[0].options), f"η₀ = {_initial(one):g}"
                     draw_runs(loss, runs, "loss", label, steps_per_unit=unit)
                     draw_adaptation(rate, runs, "learning_rate", label, steps_per_unit=unit)
-            # what diverges leaves through the top
-            loss.set(title=method.label, yscale="log", ylim=(None, 10.0))
+            loss.set(title=method.label, yscale="log")
             rate.set(xlabel="epoch")
             legend_below(rate)
         panels[0, 0].set(ylabel="training loss")
+        panels[0, 0].set_ylim(top=10.0)  # what diverges leaves through the top
 
     def verdict(self, records: Sequence[Record]) -> str:
         """Max over min of the mean final training loss over initial rates, and the dead runs."""
