@@ -19,10 +19,10 @@ where nothing is looked at, no step is longer than r, twice the step that follow
 With the region a step may go past the best point of its line, to θ + σsΔ with `update_scale` σ in
 (1, 2): over-relaxation. Where Q is quadratic along Δ and Δ its best multiple, Q falls by 2σ − σ²
 times what it does at σ = 1: it falls for all σ < 2. Why one would: a step that is best for one step
-follows the sharpness of where training already is, and shorter steps let the sharpness grow; on the
-tasks of `experiments/limits.py` σ = 1.8 takes most of what a learned learning rate of SGD loses to
-the best fixed one. Over-relaxed proximal point iterations converge for σ in (0, 2): Eckstein and
-Bertsekas (1992).
+follows the sharpness of where training already is, and shorter steps let the sharpness grow
+(`experiments/sharpness.py` measures it); on the tasks of `experiments/limits.py` σ = 1.8 takes most
+of what a learned learning rate of SGD loses to the best fixed one. Over-relaxed proximal point
+iterations converge for σ in (0, 2): Eckstein and Bertsekas (1992).
 """
 
 from __future__ import annotations

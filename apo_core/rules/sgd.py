@@ -33,7 +33,9 @@ class SGD(UpdateRule):
         nesterov: Nesterov's momentum (P18) instead of the heavy ball.
         per_layer: one η for each layer.
         lookahead_momentum: look ahead with the momentum buffer. False, as P18 does it: η is tuned
-            "as if there's no momentum", and momentum applied on top.
+            "as if there's no momentum", and momentum applied on top. A gradient then moves θ in the
+            end by 1/(1 − μ) times what was looked at, which can be far too much: an `update_scale`
+            of APO of 2 to 3 times (1 − μ) held on four small tasks (`experiments/limits_rules.py`).
 
     Raises:
         ValueError: `lr` or `momentum` out of range, `nesterov` without momentum.
