@@ -9,7 +9,7 @@ from statistics import median
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.intervals import ratio_interval, summary
+from experiments.intervals import Interval, ratio_interval, summary
 from experiments.plots import draw_runs, legend_below
 from experiments.recipes import Recipe
 from experiments.records import Record
@@ -126,9 +126,14 @@ def comparison_sentence(ours: Method, others: Sequence[Method], records: Sequenc
 
 def loss_ratio(ours: Recipe, theirs: Recipe, records: Sequence[Record]) -> str:
     """ "1.5 [1.2, 1.8] times", over the seeds that both have."""
+    ratio = loss_interval(ours, theirs, records)
+    return f"{ratio} times" if ratio else "not yet comparable to"
+
+
+def loss_interval(ours: Recipe, theirs: Recipe, records: Sequence[Record]) -> Interval | None:
+    """Our final training loss over theirs, paired by seed; None if no seed has both."""
     pairs = {run.seed: run.metric("loss") for run in runs_of(theirs, records)}
     runs = [run for run in runs_of(ours, records) if run.seed in pairs]
     if not runs:
-        return "not yet comparable to"
-    ratio = ratio_interval([run.metric("loss") for run in runs], [pairs[r.seed] for r in runs])
-    return f"{ratio} times"
+        return None
+    return ratio_interval([run.metric("loss") for run in runs], [pairs[r.seed] for r in runs])

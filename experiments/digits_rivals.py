@@ -32,7 +32,7 @@ from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.rivals import rivals
 from experiments.self_tuned import SETTINGS
-from experiments.training import train_trial
+from experiments.training import train_epochs
 from experiments.tuning import Method, chosen, plan_grids, plan_search, runs_of
 
 POINTS = 30  # of a curve
@@ -104,14 +104,8 @@ class DigitsRivals(Experiment):
         """Train on 80% of the digits; "loss" is the training loss, "test" the test error."""
         problem = digits_problem(context, trial.seed)
         model = mlp(WIDTHS, seed=trial.seed, device=context.device)
-        steps = trial.options["epochs"] * problem.steps_per_epoch
-        return train_trial(
-            trial,
-            context,
-            model,
-            problem,
-            steps=steps,
-            record_every=max(1, steps // POINTS),
+        return train_epochs(
+            trial, context, model, problem, steps_per_epoch=problem.steps_per_epoch, points=POINTS
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

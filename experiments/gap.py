@@ -31,10 +31,11 @@ from torch import nn
 
 import apo_core as apo
 from experiments import recipes
+from experiments.digits import digits_problem
 from experiments.intervals import ratio_interval, summary
 from experiments.models import mlp
 from experiments.plots import draw_runs, legend_below
-from experiments.problems import Batch, Judged, Problem, Supervised
+from experiments.problems import Batch, Judged, Problem
 from experiments.recipes import Recipe
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
@@ -42,7 +43,6 @@ from experiments.training import train
 from experiments.tuning import Method, plan_grids, runs_of
 
 WIDTHS = (64, 64, 10)
-BATCH_SIZE = 128
 PAIRS = 4  # (B, B') that the gap is measured on
 MEASURING = 1 << 20  # added to the seed: the gap has mini-batches of its own
 FSD_WEIGHT, WSD_WEIGHT = 1.0, 0.1
@@ -156,24 +156,8 @@ class GapExperiment(Experiment):
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train on 80% of the digits, and measure the gap at every point of the curves."""
-        data = context.load("digits")
-        train_part, test_part = (
-            (
-                torch.tensor(part.inputs, dtype=torch.float32),
-                torch.tensor(part.targets, dtype=torch.int64),
-            )
-            for part in (data.train, data.test)
-        )
         problem, measuring = (
-            Supervised(
-                train_part,
-                test_part,
-                "cross_entropy",
-                batch_size=BATCH_SIZE,
-                seed=seed,
-                device=context.device,
-            )
-            for seed in (trial.seed, trial.seed + MEASURING)
+            digits_problem(context, seed) for seed in (trial.seed, trial.seed + MEASURING)
         )
         pairs = [(measuring.batch("loss"), measuring.batch("discrepancy")) for _ in range(PAIRS)]
         model = mlp(WIDTHS, seed=trial.seed, device=context.device)

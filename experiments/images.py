@@ -6,11 +6,11 @@ from typing import final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from experiments.data import Split
-from experiments.problems import Batch, Problem, Stream
+from experiments.problems import Batch, Problem, Stream, Wrapped
 from experiments.seeds import generator
 
 PADDING = 4  # pixels on each side
@@ -65,7 +65,7 @@ def cropped_and_flipped(images: Tensor, source: torch.Generator) -> Tensor:
 
 
 @final
-class Augmented(Problem):
+class Augmented(Wrapped):
     """Another problem whose mini-batches are cropped and flipped at random; judged as it is.
 
     Source: P22 appendix B.4, after Zagoruyko and Komodakis (2016).
@@ -76,8 +76,7 @@ class Augmented(Problem):
     """
 
     def __init__(self, problem: Problem, seed: int) -> None:
-        self.problem = problem
-        self.loss_name = problem.loss_name
+        super().__init__(problem)
         streams: tuple[Stream, ...] = ("loss", "discrepancy", "curvature")
         self._sources = {name: generator(seed + AUGMENTATION, name) for name in streams}
 
@@ -85,15 +84,3 @@ class Augmented(Problem):
         """The next mini-batch of the stream, its images cropped and flipped."""
         images, *others = self.problem.batch(stream)
         return cropped_and_flipped(images, self._sources[stream]), *others
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The other problem's."""
-        return self.problem.loss(model, batch)
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The other problem's."""
-        return self.problem.outputs(model, batch)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The other problem's, on images as they are."""
-        return self.problem.evaluate(model)

@@ -22,7 +22,6 @@ from typing import Any, Literal, final
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from torch import Tensor, nn
 
 import apo_core as apo
@@ -32,8 +31,8 @@ from experiments.problems import Problem
 from experiments.recipes import SGD, Recipe, proximal_objective
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.small_tasks import TASKS, final_ratio, of_task, train_task
-from experiments.tuning import Method, at_edge, chosen, plan_grids, runs_of
+from experiments.small_tasks import TASKS, draw_losses, final_ratio, of_task, plan_tasks, train_task
+from experiments.tuning import Method, at_edge, chosen, runs_of
 
 RMSPROP_RATE = 0.1
 
@@ -239,15 +238,7 @@ class Limits(Experiment):
         """Every variant and every fixed rate on every task, with every seed."""
         scale = SCALES[preset]
         methods = [Method(name, (one,)) for name, one in list(VARIANTS.items())[:: scale.stride]]
-        return [
-            trial
-            for dataset, task in TASKS.items()
-            for trial in plan_grids(
-                [*methods, FIXED],
-                {"dataset": dataset, "epochs": max(1, round(scale.epochs * task.epochs))},
-                range(seeds or scale.seeds or task.seeds),
-            )
-        ]
+        return plan_tasks([*methods, FIXED], scale.epochs, seeds or scale.seeds)
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train; "loss" is the training loss."""
@@ -286,18 +277,8 @@ class Limits(Experiment):
             ours = of_task(task, records)
             above, below = grid[0][column], grid[1][column]
             best = chosen(FIXED, ours, tuning=False)
-            names = [name for name, one in VARIANTS.items() if runs_of(one, ours)]
-            for height, name in enumerate(reversed(names)):
-                losses = [run.metric("loss") for run in runs_of(VARIANTS[name], ours)]
-                finite = [loss for loss in losses if math.isfinite(loss)]
-                above.plot(finite, [height] * len(finite), "o", color="C0", alpha=0.6)
-            fixed = [run.metric("loss") for run in runs_of(best, ours)]
-            for value in filter(math.isfinite, fixed):
-                above.axvline(value, color="C1", lw=1)
-            above.set(title=f"{task}; lines: {best.text()}", xscale="log", xlabel="training loss")
-            above.xaxis.set_minor_formatter(NullFormatter())  # they overlap within one decade
-            labels = list(reversed(names)) if column == 0 else [""] * len(names)
-            above.set_yticks(range(len(names)), labels)
+            draw_losses(above, VARIANTS, best, ours, named=column == 0)
+            above.set(title=f"{task}; lines: {best.text()}", xlabel="training loss")
             for name in (BASE, "20 steps", REMEDY):
                 draw_runs(below, runs_of(VARIANTS[name], ours), "loss", name)
             draw_runs(below, runs_of(best, ours), "loss", f"fixed {best.text()}")

@@ -17,22 +17,20 @@ The papers have no such table: they search λ for every task.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import final
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from experiments.intervals import summary
 from experiments.recipes import SGD, Adam, Recipe, RMSprop
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.self_tuned import MOMENTUM, Rule, SelfTuned
-from experiments.small_tasks import TASKS, final_ratio, of_task, train_task
-from experiments.tuning import Method, at_edge, chosen, plan_grids, runs_of
+from experiments.small_tasks import TASKS, draw_losses, final_ratio, of_task, plan_tasks, train_task
+from experiments.tuning import Method, at_edge, chosen, runs_of
 
 PAPERS = "as in the papers"
 TRUST = "κ = 1.1"
@@ -112,15 +110,7 @@ class RuleLimits(Experiment):
             Method(name, (one,)) for variants in VARIANTS.values() for name, one in variants.items()
         ]
         methods += [Method(one.label, one.grid[:: scale.stride]) for one in FIXED.values()]
-        return [
-            trial
-            for name, task in TASKS.items()
-            for trial in plan_grids(
-                methods,
-                {"dataset": name, "epochs": max(1, round(scale.epochs * task.epochs))},
-                range(seeds or scale.seeds),
-            )
-        ]
+        return plan_tasks(methods, scale.epochs, seeds or scale.seeds)
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train; "loss" is the training loss."""
@@ -160,19 +150,9 @@ class RuleLimits(Experiment):
             for column, task in enumerate(TASKS)
         }
         for rule, task, ours in _cells(records):
-            axes, variants = places[rule, task], VARIANTS[rule]
-            best = chosen(FIXED[rule], ours, tuning=False)
-            for height, one in enumerate(reversed(list(variants.values()))):
-                losses = [run.metric("loss") for run in runs_of(one, ours)]
-                finite = [loss for loss in losses if math.isfinite(loss)]
-                axes.plot(finite, [height] * len(finite), "o", color="C0", alpha=0.6)
-            for run in runs_of(best, ours):
-                if math.isfinite(run.metric("loss")):
-                    axes.axvline(run.metric("loss"), color="C1", lw=1)
-            axes.set(title=f"{rule}, {task}\nlines: {best.text()}", xscale="log")
-            axes.xaxis.set_minor_formatter(NullFormatter())  # they overlap within one decade
-            first = task == next(iter(TASKS))
-            axes.set_yticks(range(len(variants)), list(variants)[::-1] if first else [])
+            axes, best = places[rule, task], chosen(FIXED[rule], ours, tuning=False)
+            draw_losses(axes, VARIANTS[rule], best, ours, named=task == next(iter(TASKS)))
+            axes.set(title=f"{rule}, {task}\nlines: {best.text()}")
         for axes in panels[-1]:
             axes.set(xlabel="training loss")
 

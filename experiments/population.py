@@ -29,9 +29,9 @@ from time import perf_counter
 from typing import Any, final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from experiments.problems import Batch, Problem, Stream, Supervised
+from experiments.problems import Batch, Stream, Supervised, Wrapped
 from experiments.recipes import Recipe
 from experiments.records import Outcome
 from experiments.training import METERED_STEPS, Progress, train
@@ -242,7 +242,7 @@ class Member(tune.Trainable):
 
 
 @final
-class Repeated(Problem):
+class Repeated(Wrapped):
     """A problem whose mini-batches of an epoch come again for every member.
 
     Args:
@@ -250,7 +250,8 @@ class Repeated(Problem):
     """
 
     def __init__(self, problem: Supervised) -> None:
-        self.problem, self.loss_name = problem, problem.loss_name
+        super().__init__(problem)
+        self._steps = problem.steps_per_epoch
         self._drawn = 0  # epochs
         self._epoch: list[Batch] = []
         self._left: Iterator[Batch] = iter(())
@@ -267,8 +268,7 @@ class Repeated(Problem):
                 " build the problem anew to go back."
             )
         while self._drawn <= epoch:
-            steps = self.problem.steps_per_epoch
-            self._epoch = [self.problem.batch("loss") for _ in range(steps)]
+            self._epoch = [self.problem.batch("loss") for _ in range(self._steps)]
             self._drawn += 1
         self._left = iter(self._epoch)
         return len(self._epoch)
@@ -276,18 +276,6 @@ class Repeated(Problem):
     def batch(self, stream: Stream) -> Batch:
         """The next mini-batch of the epoch, whatever the stream."""
         return next(self._left)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The problem's."""
-        return self.problem.loss(model, batch)
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The problem's."""
-        return self.problem.outputs(model, batch)
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """The problem's."""
-        return self.problem.evaluate(model)
 
 
 def _outcome(results: Sequence[dict[str, Any]], wall_seconds: float) -> Outcome:

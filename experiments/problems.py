@@ -119,8 +119,35 @@ class Supervised(Problem):
         return found
 
 
+class Wrapped(Problem, ABC):
+    """Another problem, all of whose methods are its own but those that a subclass has.
+
+    Args:
+        problem: the other.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.loss_name = problem, problem.loss_name
+
+    def batch(self, stream: Stream) -> Batch:
+        """The next mini-batch of the other problem."""
+        return self.problem.batch(stream)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The other problem's J_B(θ)."""
+        return self.problem.loss(model, batch)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The network's outputs."""
+        return self.problem.outputs(model, batch)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """What the other problem returns."""
+        return self.problem.evaluate(model)
+
+
 @final
-class Judged(Problem):
+class Judged(Wrapped):
     """Another problem, whose evaluation says more.
 
     Args:
@@ -135,31 +162,19 @@ class Judged(Problem):
         judge: Callable[[nn.Module], dict[str, float]],
         names: Sequence[str],
     ) -> None:
-        self.problem, self.judge, self.names = problem, judge, names
-        self.loss_name = problem.loss_name
-
-    def batch(self, stream: Stream) -> Batch:
-        """The next mini-batch of the other problem."""
-        return self.problem.batch(stream)
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """J_B(θ)."""
-        return self.problem.loss(model, batch)
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The network's outputs."""
-        return self.problem.outputs(model, batch)
+        super().__init__(problem)
+        self.judge, self.names = judge, names
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What the other problem returns, and what the judge does."""
-        values = self.problem.evaluate(model)
+        values = super().evaluate(model)
         if not all(map(math.isfinite, values.values())):
             return values | dict.fromkeys(self.names, math.inf)
         return values | self.judge(model)
 
 
 @final
-class Regularized(Problem):
+class Regularized(Wrapped):
     """J(θ) + λ/2 ‖θ‖² with the J of another problem: weight decay as a part of the loss.
 
     Every optimizer sees it alike, in its gradients and in Q's loss term. "loss" includes it.
@@ -174,25 +189,17 @@ class Regularized(Problem):
             raise ValueError(
                 f"`weight_decay` must be non-negative, got {weight_decay}; 0 leaves it out."
             )
-        self.problem, self.weight_decay = problem, weight_decay
-        self.loss_name = problem.loss_name
-
-    def batch(self, stream: Stream) -> Batch:
-        """The next mini-batch of the other problem."""
-        return self.problem.batch(stream)
+        super().__init__(problem)
+        self.weight_decay = weight_decay
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """J_B(θ) + λ/2 ‖θ‖²."""
-        return self.problem.loss(model, batch) + self._penalty(model)
-
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The network's outputs."""
-        return self.problem.outputs(model, batch)
+        return super().loss(model, batch) + self._penalty(model)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """What the other problem returns, with λ/2 ‖θ‖² in "loss"."""
-        values = self.problem.evaluate(model)
+        values = super().evaluate(model)
         return {**values, "loss": values["loss"] + self._penalty(model).item()}
 
     def _penalty(self, model: nn.Module) -> Tensor:

@@ -40,7 +40,7 @@ from experiments.recipes import SGD
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.self_tuned import SelfTuned
-from experiments.training import train_trial
+from experiments.training import train_epochs
 from experiments.tuning import Method, plan_grids, runs_of
 
 LANCZOS: dict[str, Any] = {
@@ -130,15 +130,15 @@ class Sharpness(Experiment):
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train on 80% of the digits; the Hessian is that of the mean loss of all of them."""
+        problem = digits_problem(context, trial.seed)
         model = mlp(WIDTHS, seed=trial.seed, device=context.device)
-        steps = trial.options["epochs"] * STEPS_PER_EPOCH
-        return train_trial(
+        return train_epochs(
             trial,
             context,
             model,
-            judged_by_sharpness(digits_problem(context, trial.seed)),
-            steps=steps,
-            record_every=max(1, steps // trial.options["points"]),
+            judged_by_sharpness(problem),
+            steps_per_epoch=problem.steps_per_epoch,
+            points=trial.options["points"],
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
+from experiments.comparison import loss_interval
 from experiments.data import Dataset, Split
 from experiments.data.dataset import first
-from experiments.intervals import Interval, ratio_interval
+from experiments.intervals import Interval
 from experiments.models import mlp
 from experiments.problems import LossName, Supervised
 from experiments.recipes import Recipe
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context
-from experiments.training import train_trial
-from experiments.tuning import runs_of
+from experiments.training import train_epochs
+from experiments.tuning import Method, plan_grids, runs_of
 
 POINTS = 40  # of a curve
 
@@ -43,6 +46,25 @@ TASKS = {
 }
 
 
+def plan_tasks(methods: Sequence[Method], epochs: float, seeds: int | None) -> list[Trial]:
+    """Every recipe on every task with every seed.
+
+    Args:
+        methods: whose grids run.
+        epochs: the share of each task's epochs, at least one.
+        seeds: how many; None for each task's own number.
+    """
+    return [
+        trial
+        for name, task in TASKS.items()
+        for trial in plan_grids(
+            methods,
+            {"dataset": name, "epochs": max(1, round(epochs * task.epochs))},
+            range(seeds or task.seeds),
+        )
+    ]
+
+
 def train_task(trial: Trial, context: Context) -> Outcome:
     """The trial's recipe on the task of its "dataset" for its "epochs"; "loss" is on all examples.
 
@@ -54,14 +76,8 @@ def train_task(trial: Trial, context: Context) -> Outcome:
     outputs = data.classes or data.train.targets.shape[1]
     widths = (math.prod(data.train.inputs.shape[1:]), *task.hidden, outputs)
     model = mlp(widths, seed=trial.seed, device=context.device)
-    steps = trial.options["epochs"] * problem.steps_per_epoch
-    return train_trial(
-        trial,
-        context,
-        model,
-        problem,
-        steps=steps,
-        record_every=max(1, steps // POINTS),
+    return train_epochs(
+        trial, context, model, problem, steps_per_epoch=problem.steps_per_epoch, points=POINTS
     )
 
 
@@ -72,11 +88,39 @@ def of_task(task: str, records: Sequence[Record]) -> list[Record]:
 
 def final_ratio(one: Recipe, other: Recipe, records: Sequence[Record]) -> Interval | None:
     """Final training loss of `one` over `other`'s, paired by seed; None for itself or no pair."""
-    theirs = {run.seed: run.metric("loss") for run in runs_of(other, records)}
-    runs = [run for run in runs_of(one, records) if run.seed in theirs]
-    if one == other or not runs:
-        return None
-    return ratio_interval([r.metric("loss") for r in runs], [theirs[r.seed] for r in runs])
+    return None if one == other else loss_interval(one, other, records)
+
+
+def draw_losses(
+    axes: Axes,
+    variants: Mapping[str, Recipe],
+    best: Recipe,
+    records: Sequence[Record],
+    *,
+    named: bool,
+) -> None:
+    """A line of points for each variant that ran, its final losses; those of `best` as rules.
+
+    Args:
+        axes: where.
+        variants: by name, from above.
+        best: what they are beside.
+        records: of one task.
+        named: whether the names stand at the axis.
+    """
+    names = [name for name, one in variants.items() if runs_of(one, records)]
+    for height, name in enumerate(reversed(names)):
+        losses = _finite_losses(variants[name], records)
+        axes.plot(losses, [height] * len(losses), "o", color="C0", alpha=0.6)
+    for loss in _finite_losses(best, records):
+        axes.axvline(loss, color="C1", lw=1)
+    axes.set(xscale="log")
+    axes.xaxis.set_minor_formatter(NullFormatter())  # they overlap within one decade
+    axes.set_yticks(range(len(names)), names[::-1] if named else [""] * len(names))
+
+
+def _finite_losses(one: Recipe, records: Sequence[Record]) -> list[float]:
+    return list(filter(math.isfinite, (run.metric("loss") for run in runs_of(one, records))))
 
 
 def _problem(task: Task, data: Dataset, seed: int, device: str) -> Supervised:

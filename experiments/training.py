@@ -188,6 +188,22 @@ def train_trial(
     )
 
 
+def train_epochs(
+    trial: Trial,
+    context: Context,
+    model: nn.Module,
+    problem: Problem,
+    *,
+    steps_per_epoch: int,
+    points: int,
+) -> Outcome:
+    """`train_trial` for the trial's "epochs", with about so many points of record."""
+    steps = trial.options["epochs"] * steps_per_epoch
+    return train_trial(
+        trial, context, model, problem, steps=steps, record_every=max(1, steps // points)
+    )
+
+
 @contextmanager
 def evaluation_mode(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """θ is what the optimizer would have judged: the average, where it is Schedule-Free."""

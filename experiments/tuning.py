@@ -40,6 +40,14 @@ class Method:
     track: Track = "tuned"
 
 
+def union(presets: Iterable[Sequence[Method]]) -> list[Method]:
+    """Every method with every recipe of any preset: the records say which of them ran."""
+    return [
+        replace(same[0], grid=tuple(dict.fromkeys(one for method in same for one in method.grid)))
+        for same in zip(*presets, strict=True)
+    ]
+
+
 def trial(label: str, recipe: Recipe, seed: int, task: Mapping[str, Any]) -> Trial:
     """One run of a recipe; `task` are the options that every method shares.
 

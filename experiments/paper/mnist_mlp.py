@@ -20,7 +20,7 @@ from experiments.models import mlp
 from experiments.problems import Supervised
 from experiments.records import Outcome, Trial
 from experiments.registry import Context
-from experiments.training import train_trial
+from experiments.training import train_epochs
 
 WIDTHS = (784, 1000, 1000, 10)
 BATCH_SIZE = 100
@@ -65,15 +65,8 @@ def image_problem(dataset: Dataset, trial: Trial, *, flat: bool, device: str) ->
 
 def run_epochs(model: nn.Module, problem: Supervised, trial: Trial, context: Context) -> Outcome:
     """Train with the trial's recipe for its epochs."""
-    steps = trial.options["epochs"] * problem.steps_per_epoch
-    return train_trial(
-        trial,
-        context,
-        model,
-        problem,
-        steps=steps,
-        record_every=max(1, steps // trial.options["points"]),
-    )
+    epoch, points = problem.steps_per_epoch, trial.options["points"]
+    return train_epochs(trial, context, model, problem, steps_per_epoch=epoch, points=points)
 
 
 def spread(losses: Sequence[float]) -> str:

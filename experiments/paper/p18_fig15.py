@@ -137,13 +137,13 @@ class AgainstAPopulation(Experiment):
     def draw(self, records: Sequence[Record], figure: Figure) -> None:
         """Loss and error over seconds and over passes, and the rate of the best; a line a seed."""
         figure.set_size_inches(13, 9)
+        runs = {label: list(by_seed(label, records).values()) for label in TEXTS}
         panels = figure.subplots(2, 3)
         curves = (("loss", "training loss"), ("test", "test error"), ("learning_rate", "rate"))
         for row, unit in zip(panels, ("seconds", "passes"), strict=True):
             for axes, (curve, name) in zip(row, curves, strict=True):
                 for color, label in enumerate(TEXTS):
-                    runs = list(by_seed(label, records).values())
-                    _draw(axes, runs, unit, curve, label, f"C{color}")
+                    _draw(axes, runs[label], unit, curve, label, f"C{color}")
                 axes.set(xlabel=unit, ylabel=name, yscale="log")
                 legend_below(axes)
 
@@ -188,12 +188,15 @@ def side_by_side(runs: Sequence[Record]) -> Record:
     for name in ("seconds", "passes"):
         values = [_padded(run.curve(name), len(points), run.curve(name)[-1]) for run in runs]
         curves[name] = [math.fsum(point) for point in zip(*values, strict=True)]
-    losses = [_padded(run.curve("loss"), len(points), math.inf) for run in runs]
-    for at in range(len(points)):
-        best = min(range(len(runs)), key=lambda index: losses[index][at])
-        for name in ("loss", "test", "learning_rate"):
-            values = _padded(runs[best].curve(name), len(points), math.inf)
-            curves.setdefault(name, []).append(values[at])
+    padded = {
+        name: [_padded(run.curve(name), len(points), math.inf) for run in runs]
+        for name in ("loss", "test", "learning_rate")
+    }
+    best = [
+        min(range(len(runs)), key=point.__getitem__) for point in zip(*padded["loss"], strict=True)
+    ]
+    for name, values in padded.items():
+        curves[name] = [values[index][at] for at, index in enumerate(best)]
     metrics = {name: curves[name][-1] for name in ("loss", "test")}
     for name in ("training_seconds", "meta_seconds", "evaluation_seconds", "passes"):
         metrics[name] = math.fsum(run.outcome.metrics[name] for run in runs)

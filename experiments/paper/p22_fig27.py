@@ -45,6 +45,7 @@ from experiments.tuning import (
     plan_grids,
     runs_of,
     tried,
+    union,
 )
 
 BATCH_SIZE = 128
@@ -141,16 +142,7 @@ SCALES: dict[Preset, Scale] = {
 }
 
 
-def _methods() -> list[Method]:
-    """Every method with every recipe of any preset: the records say which of them ran."""
-    everything = [scale.methods for scale in SCALES.values()]
-    return [
-        Method(same[0].label, tuple(dict.fromkeys(one for method in same for one in method.grid)))
-        for same in zip(*everything, strict=True)
-    ]
-
-
-METHODS = _methods()
+METHODS = union(scale.methods for scale in SCALES.values())
 APO = METHODS[-1]
 
 

@@ -29,7 +29,7 @@ from experiments.plots import draw_runs, legend_below
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.self_tuned import SelfTuned
-from experiments.tuning import Method, plan_grids, runs_of
+from experiments.tuning import Method, plan_grids, runs_of, union
 
 P22_RATES = (1e-1, 1e-3, 1e-5, 1e-7)
 P18_RATES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
@@ -81,22 +81,8 @@ def _initial(one: object) -> float:
     return one.lr
 
 
-def _methods() -> list[Method]:
-    """Every method with every initial rate of any preset: the records say which of them ran."""
-    everything = [scale.methods() for scale in SCALES.values()]
-    return [
-        Method(
-            same[0].label,
-            tuple(
-                sorted({one for method in same for one in method.grid}, key=_initial, reverse=True)
-            ),
-            "self-tuning",
-        )
-        for same in zip(*everything, strict=True)
-    ]
-
-
-METHODS = _methods()
+# the preset with the most rates first, in whose order the others' are
+METHODS = union(scale.methods() for scale in reversed(SCALES.values()))
 
 
 @final

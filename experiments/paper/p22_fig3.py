@@ -34,8 +34,8 @@ from experiments.problems import Supervised
 from experiments.recipes import KFAC, SGD, Adam, APOPrecond, Shampoo
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.training import train_trial
-from experiments.tuning import Method, plan_search
+from experiments.training import train_epochs
+from experiments.tuning import Method, plan_search, union
 
 HIDDEN = (100, 100)
 BATCH_SIZE = 128
@@ -131,16 +131,7 @@ SCALES: dict[Preset, Scale] = {
 }
 
 
-def _methods() -> list[Method]:
-    """Every method with every recipe of any preset: the records say which of them ran."""
-    everything = [scale.grids.methods() for scale in SCALES.values()]
-    return [
-        Method(same[0].label, tuple(dict.fromkeys(one for method in same for one in method.grid)))
-        for same in zip(*everything, strict=True)
-    ]
-
-
-METHODS = _methods()
+METHODS = union(scale.grids.methods() for scale in SCALES.values())
 
 
 @final
@@ -211,14 +202,8 @@ class UCIRegression(Experiment):
         )
         widths = (data.train.inputs.shape[1], *HIDDEN, 1)
         model = mlp(widths, seed=trial.seed, device=context.device)
-        steps = trial.options["epochs"] * problem.steps_per_epoch
-        return train_trial(
-            trial,
-            context,
-            model,
-            problem,
-            steps=steps,
-            record_every=max(1, steps // POINTS),
+        return train_epochs(
+            trial, context, model, problem, steps_per_epoch=problem.steps_per_epoch, points=POINTS
         )
 
     def table(self, records: Sequence[Record]) -> list[Row]:

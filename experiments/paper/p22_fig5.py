@@ -30,7 +30,7 @@ from experiments.plots import draw_runs, legend_below
 from experiments.recipes import SGD, Nesterov, Recipe, RMSprop
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset, Row, register
-from experiments.tuning import Method, at_edge, chosen, plan_search, runs_of, tried
+from experiments.tuning import Method, at_edge, chosen, plan_search, runs_of, tried, union
 
 # P18 section 5.2
 P18_RATES: dict[str, tuple[float, ...]] = {
@@ -118,16 +118,7 @@ SCALES: dict[Preset, Scale] = {
 }
 
 
-def _methods() -> list[Method]:
-    """Every method with every recipe of any preset: the records say which of them ran."""
-    everything = [scale.grids.methods() for scale in SCALES.values()]
-    return [
-        Method(same[0].label, tuple(dict.fromkeys(one for method in same for one in method.grid)))
-        for same in zip(*everything, strict=True)
-    ]
-
-
-METHODS = _methods()
+METHODS = union(scale.grids.methods() for scale in SCALES.values())
 PAIRS = tuple(zip(METHODS[::2], METHODS[1::2], strict=True))  # (base optimizer, with APO)
 
 

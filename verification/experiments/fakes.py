@@ -26,6 +26,7 @@ from experiments.watch import LineWatch
 RATES = (0.1, 1.0, 10.0)
 STEPS = 20
 UNIT = Provenance("0" * 40, False, {"python": "3.11.0"}, "2 CPU cores, 1 thread")
+WHEN = "2026-01-01T00:00:00+00:00"
 INTERRUPTED = 130
 
 
@@ -119,11 +120,18 @@ class Descent(Experiment):
         return f"The best loss is {min(record.metric('loss') for record in records):.2e}."
 
 
+def record_by(
+    experiment: str, trial: Trial, outcome: Outcome, preset: Preset = "default", error: str = ""
+) -> Record:
+    """The record of that outcome, of no real run."""
+    return Record(experiment, preset, trial, outcome, UNIT, WHEN, 1.0, error)
+
+
 def record_of(name: str = "t", error: str = "", **metrics: float) -> Record:
     """A record with those metrics, of no real run."""
     trial = Trial(name, {"rate": 0.1}, 0, "descent, rate 0.1")
     outcome = Outcome({} if error else metrics)
-    return Record("descent", "smoke", trial, outcome, UNIT, "2026-01-01T00:00:00+00:00", 1.0, error)
+    return record_by("descent", trial, outcome, "smoke", error)
 
 
 def lasting(records: dict[str, Record]) -> dict[str, Any]:

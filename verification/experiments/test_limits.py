@@ -26,7 +26,7 @@ from experiments.records import Outcome, Record, Trial
 from experiments.seeds import generator
 from experiments.small_tasks import TASKS
 from experiments.tuning import runs_of
-from verification.experiments.fakes import UNIT
+from verification.experiments.fakes import record_by
 from verification.tolerances import CENTRAL_DIFFERENCE, ROUNDING, assert_close
 
 WIDTHS = (4, 5, 3)
@@ -162,9 +162,7 @@ def _records(losses: dict[str, Sequence[float]], fixed: Sequence[float]) -> list
         loss = values[trial.seed]
         curves = {"step": [0.0, 1.0], "loss": [2.0, loss]}
         outcome = Outcome({"loss": loss, "test": 0.1}, curves)
-        records.append(
-            Record("limits", "default", trial, outcome, UNIT, "2026-01-01T00:00:00+00:00", 1.0)
-        )
+        records.append(record_by("limits", trial, outcome))
     return records
 
 

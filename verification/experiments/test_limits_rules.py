@@ -16,10 +16,8 @@ from experiments.seeds import generator
 from experiments.self_tuned import MOMENTUM, SelfTuned
 from experiments.small_tasks import TASKS
 from experiments.tuning import runs_of
-from verification.experiments.fakes import UNIT
+from verification.experiments.fakes import record_by
 from verification.tolerances import ROUNDING, assert_close
-
-WHEN = "2026-01-01T00:00:00+00:00"
 
 
 def test_with_sigma_of_one_less_momentum_a_gradient_moves_as_far_as_was_looked_at() -> None:
@@ -58,7 +56,7 @@ def _records(factors: dict[str, float]) -> list[Record]:
         else:
             loss = 0.5 if trial.options["lr"] == fixed.grid[2].options()["lr"] else 1.0
         outcome = Outcome({"loss": loss, "test": 0.1}, {"step": [0.0], "loss": [loss]})
-        records.append(Record("limits-rules", "default", trial, outcome, UNIT, WHEN, 1.0))
+        records.append(record_by("limits-rules", trial, outcome))
     return records
 
 

@@ -33,7 +33,7 @@ from experiments.problems import Supervised
 from experiments.recipes import SGD, APOPrecond
 from experiments.records import Outcome, Record, Trial
 from experiments.registry import Context, Experiment, Preset
-from verification.experiments.fakes import UNIT
+from verification.experiments.fakes import record_by
 from verification.tolerances import FUNCTION, ROUNDING, assert_close
 
 EXPERIMENTS: tuple[Experiment, ...] = (
@@ -69,7 +69,7 @@ class _Images:
 def _record(
     experiment: Experiment, trial: Trial, outcome: Outcome, preset: Preset = "smoke"
 ) -> Record:
-    return Record(experiment.name, preset, trial, outcome, UNIT, "2026-01-01T00:00:00+00:00", 1.0)
+    return record_by(experiment.name, trial, outcome, preset)
 
 
 def _all_records(experiment: Experiment) -> list[Record]:

@@ -16,11 +16,10 @@ from experiments.problems import Supervised
 from experiments.records import Outcome, Record
 from experiments.seeds import generator
 from experiments.sharpness import LANCZOS, METHODS, Sharpness, judged_by_sharpness, late
-from verification.experiments.fakes import UNIT
+from verification.experiments.fakes import record_by
 from verification.tolerances import FUNCTION, assert_close
 
 WIDTHS = (3, 5, 4)
-WHEN = "2026-01-01T00:00:00+00:00"
 
 
 def _problem() -> Supervised:
@@ -73,7 +72,7 @@ def _records(sharpness: dict[str, float]) -> list[Record]:
                     "step_ratio": [math.nan, 0.5, 0.5, 0.5, 0.5],
                 }
                 outcome = Outcome({"loss": 1.0}, curves)
-                records.append(Record("sharpness", "default", trial, outcome, UNIT, WHEN, 1.0))
+                records.append(record_by("sharpness", trial, outcome))
     return records
 
 
