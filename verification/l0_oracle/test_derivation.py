@@ -47,9 +47,9 @@ class Derivation(NamedTuple):
     @property
     def magnitude(self) -> float:
         """Norm of what eq. 45 adds."""
-        P, G, moment = np.abs(self.P), np.abs(self.G), np.abs(self.g).T @ np.abs(self.g)
-        terms = np.eye(len(P)) + 2 * self.fsd * (G + G.T) @ P + self.wsd * P
-        return float(np.linalg.norm(terms @ moment))
+        P, G, g = np.abs(self.P), np.abs(self.G), np.abs(self.g)
+        terms = np.eye(len(P)) + self.fsd / 2 * (G + G.T) @ P + self.wsd * P
+        return float(np.linalg.norm(terms @ g.T @ g)) / len(g)
 
 
 @st.composite
