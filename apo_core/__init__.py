@@ -27,6 +27,7 @@ from apo_core.preconditioners import (
     Scalar,
     Stacked,
 )
+from apo_core.self_tuning import self_tuning
 from apo_core.types import Masked, ProximalTerms, Warmup
 from apo_core.update_rule import UpdateRule
 
@@ -61,4 +62,5 @@ __all__ = [
     "amortization_gap",
     "meta_objective",
     "rules",
+    "self_tuning",
 ]

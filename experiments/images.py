@@ -38,11 +38,6 @@ def standardized_images(train: Split, *others: Split) -> list[tuple[Tensor, Tens
     ]
 
 
-def first(part: Split, count: int, start: int = 0) -> Split:
-    """The `count` examples from `start` on, in the order of the files."""
-    return Split(part.inputs[start : start + count], part.targets[start : start + count])
-
-
 def cropped_and_flipped(images: Tensor, source: torch.Generator) -> Tensor:
     """A crop of each image, padded by 4 zero pixels, of its own size; flipped with probability ½.
 

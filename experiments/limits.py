@@ -238,7 +238,7 @@ class Limits(Experiment):
         """Every variant and every fixed rate on every task, with every seed."""
         scale = SCALES[preset]
         methods = [Method(name, (one,)) for name, one in list(VARIANTS.items())[:: scale.stride]]
-        return plan_tasks([*methods, FIXED], scale.epochs, seeds or scale.seeds)
+        return plan_tasks(TASKS, [*methods, FIXED], scale.epochs, seeds or scale.seeds)
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train; "loss" is the training loss."""

@@ -110,7 +110,7 @@ class RuleLimits(Experiment):
             Method(name, (one,)) for variants in VARIANTS.values() for name, one in variants.items()
         ]
         methods += [Method(one.label, one.grid[:: scale.stride]) for one in FIXED.values()]
-        return plan_tasks(methods, scale.epochs, seeds or scale.seeds)
+        return plan_tasks(TASKS, methods, scale.epochs, seeds or scale.seeds)
 
     def run(self, trial: Trial, context: Context) -> Outcome:
         """Train; "loss" is the training loss."""

@@ -50,6 +50,7 @@ MODULES = (
     "experiments.digits_rivals",
     "experiments.limits",
     "experiments.limits_rules",
+    "experiments.held_out",
     "experiments.gap",
     "experiments.sharpness",
     "experiments.overhead",

@@ -1,4 +1,4 @@
-"""APO with the settings that hold across tasks: nothing is searched for.
+"""APO with the settings that hold across tasks, which `apo.self_tuning` has: nothing is searched.
 
 setting    value        from
 κ          1.1          `limits`, `limits-rules`: without it single runs diverge

@@ -1,4 +1,4 @@
-"""Four small tasks to compare settings on: digits, Parkinsons, 5,000 of MNIST and Fashion-MNIST."""
+"""Four small tasks to choose settings on, and two that had no part in the choice."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from experiments.comparison import loss_interval
 from experiments.data import Dataset, Split
 from experiments.data.dataset import first
+from experiments.images import standardized_images
 from experiments.intervals import Interval
-from experiments.models import mlp
+from experiments.models import lenet, mlp
 from experiments.problems import LossName, Supervised
 from experiments.recipes import Recipe
 from experiments.records import Outcome, Record, Trial
@@ -23,18 +24,25 @@ from experiments.registry import Context
 from experiments.training import train_epochs
 from experiments.tuning import Method, plan_grids, runs_of
 
-POINTS = 40  # of a curve
-
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, the hidden layers of its MLP, and how long they are trained."""
+    """A data set, the network, and how long it is trained.
 
-    hidden: tuple[int, ...]
+    Attributes:
+        hidden: layers of an MLP; None for LeNet, on standardized images.
+        examples: how many of the training set; None for all.
+        test_examples: how many of the test set; None for all.
+        points: of a curve; each evaluates on all of these examples.
+    """
+
+    hidden: tuple[int, ...] | None
     epochs: int
     batch_size: int
     loss_name: LossName = "cross_entropy"
-    examples: int | None = None  # the first of the training set
+    examples: int | None = None
+    test_examples: int | None = None
+    points: int = 40
     seeds: int = 3
 
 
@@ -44,19 +52,28 @@ TASKS = {
     "mnist": Task((100, 100), epochs=20, batch_size=100, examples=5_000),
     "fashion-mnist": Task((100, 100), epochs=20, batch_size=100, examples=5_000),
 }
+HELD_OUT = {
+    "protein": Task((100, 100), 20, batch_size=128, loss_name="squared_error", examples=5_000),
+    "cifar-10": Task(
+        None, epochs=20, batch_size=100, examples=5_000, test_examples=1_000, points=10
+    ),
+}
 
 
-def plan_tasks(methods: Sequence[Method], epochs: float, seeds: int | None) -> list[Trial]:
+def plan_tasks(
+    tasks: Mapping[str, Task], methods: Sequence[Method], epochs: float, seeds: int | None
+) -> list[Trial]:
     """Every recipe on every task with every seed.
 
     Args:
+        tasks: by data set.
         methods: whose grids run.
         epochs: the share of each task's epochs, at least one.
         seeds: how many; None for each task's own number.
     """
     return [
         trial
-        for name, task in TASKS.items()
+        for name, task in tasks.items()
         for trial in plan_grids(
             methods,
             {"dataset": name, "epochs": max(1, round(epochs * task.epochs))},
@@ -70,15 +87,17 @@ def train_task(trial: Trial, context: Context) -> Outcome:
 
     The seed is that of the initial weights and of the order of the examples.
     """
-    task = TASKS[trial.options["dataset"]]
+    task = (TASKS | HELD_OUT)[trial.options["dataset"]]
     data = context.load(trial.options["dataset"])
     problem = _problem(task, data, trial.seed, context.device)
     outputs = data.classes or data.train.targets.shape[1]
-    widths = (math.prod(data.train.inputs.shape[1:]), *task.hidden, outputs)
-    model = mlp(widths, seed=trial.seed, device=context.device)
-    return train_epochs(
-        trial, context, model, problem, steps_per_epoch=problem.steps_per_epoch, points=POINTS
-    )
+    if task.hidden is None:
+        model = lenet(seed=trial.seed, classes=outputs, device=context.device)
+    else:
+        widths = (math.prod(data.train.inputs.shape[1:]), *task.hidden, outputs)
+        model = mlp(widths, seed=trial.seed, device=context.device)
+    epoch = problem.steps_per_epoch
+    return train_epochs(trial, context, model, problem, steps_per_epoch=epoch, points=task.points)
 
 
 def of_task(task: str, records: Sequence[Record]) -> list[Record]:
@@ -124,8 +143,14 @@ def _finite_losses(one: Recipe, records: Sequence[Record]) -> list[float]:
 
 
 def _problem(task: Task, data: Dataset, seed: int, device: str) -> Supervised:
-    part = first(data.train, task.examples) if task.examples else data.train
-    both = [_tensors(one, task.loss_name) for one in (part, data.test)]
+    train, test = (
+        first(part, count) if count else part
+        for part, count in ((data.train, task.examples), (data.test, task.test_examples))
+    )
+    if task.hidden is None:
+        both = standardized_images(train, test)
+    else:
+        both = [_tensors(one, task.loss_name) for one in (train, test)]
     sizes = {"batch_size": task.batch_size, "curvature_size": task.batch_size}
     return Supervised(both[0], both[1], task.loss_name, seed=seed, device=device, **sizes)
 

@@ -64,15 +64,15 @@ def standardized(
     return (train - mean) / scale, (test - mean) / scale
 
 
-def first(part: Split, examples: int) -> Split:
-    """The first examples of a split, in the source's order.
+def first(part: Split, examples: int, start: int = 0) -> Split:
+    """The first examples of a split from `start` on, in the source's order.
 
     Raises:
         ValueError: Fewer than one are asked for, or more than there are.
     """
-    if not 1 <= examples <= len(part):
+    if not 1 <= examples <= len(part) - start:
         raise ValueError(
-            f"`examples` must lie in [1, {len(part)}], got {examples}; a preset must not ask for "
-            "more than the data set has."
+            f"`examples` must lie in [1, {len(part) - start}], got {examples}; a preset must not "
+            "ask for more than the data set has."
         )
-    return Split(part.inputs[:examples], part.targets[:examples])
+    return Split(part.inputs[start : start + examples], part.targets[start : start + examples])

@@ -27,7 +27,8 @@ from matplotlib.figure import Figure
 
 from experiments import recipes
 from experiments.comparison import costs
-from experiments.images import Augmented, first, standardized_images
+from experiments.data.dataset import first
+from experiments.images import Augmented, standardized_images
 from experiments.intervals import difference_interval, summary
 from experiments.models import lenet
 from experiments.plots import draw_runs, legend_below

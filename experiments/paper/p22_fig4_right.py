@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from experiments.comparison import comparison_row, comparison_sentence, draw_comparison
 from experiments.data import Split
-from experiments.images import first
+from experiments.data.dataset import first
 from experiments.models import mlp
 from experiments.problems import Problem, Regularized, Supervised
 from experiments.recipes import SGD, Adam, APOPrecond, Shampoo

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from experiments import problems
 from experiments.baselines import NORM_CONSTRAINT
 from experiments.data import Split
-from experiments.images import Augmented, cropped_and_flipped, first, standardized_images
+from experiments.data.dataset import first
+from experiments.images import Augmented, cropped_and_flipped, standardized_images
 from experiments.models import lenet, mlp
 from experiments.problems import LossName, Regularized, Supervised, mean_loss
 from experiments.sampled_kfac import SampledKFAC
