@@ -11,7 +11,7 @@ starts, without and with a trust factor of 1.1: the first meta-steps of RMSprop 
 and divide the damping by up to e, and without it the runs that were tried left.
 
 Differs from the paper: `default` sees 5,000 examples for 10 epochs; no rate or λ is printed for
-this figure, so the grids are ours, 4 recipes for each method.
+this figure, so the grids are ours, 6 recipes for each method.
 """
 
 from __future__ import annotations
@@ -37,21 +37,28 @@ from experiments.registry import Context, Experiment, Preset, Row, register
 from experiments.seeds import generator
 from experiments.tuning import Method, chosen, plan_search, runs_of
 
-RMSPROP = Method("RMSprop", tuple(RMSprop(lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3)))
+RMSPROP = Method("RMSprop", tuple(RMSprop(lr) for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)))
 RMSPROP_APO = Method(
     "RMSprop-APO",
-    tuple(APORMSprop(3e-4, weight) for weight in (1e-2, 1e-3, 1e-4, 1e-5)),
+    tuple(APORMSprop(3e-4, weight) for weight in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)),
     "self-tuning",
 )
 # Above a ratio η/damping of about 1 the first steps left.
-KFAC_SETTINGS = ((3e-4, 1e-3), (1e-3, 1e-3), (1e-3, 3e-3), (3e-3, 3e-3))
+KFAC_SETTINGS = (
+    (1e-3, 1e-3),
+    (1e-3, 3e-3),
+    (3e-3, 3e-3),
+    (3e-3, 1e-2),
+    (1e-2, 1e-2),
+    (1e-2, 3e-2),
+)
 KFAC = Method("K-FAC", tuple(FixedKFAC(lr, damping) for lr, damping in KFAC_SETTINGS))
 KFAC_APO = Method(
     "K-FAC-APO",
     tuple(
         APOKFAC(1e-3, weight, trust_factor=factor)
         for factor in (1.1, None)
-        for weight in (0.1, 1e-3)
+        for weight in (0.1, 1e-2, 1e-3)
     ),
     "self-tuning",
 )
@@ -68,7 +75,7 @@ class Scale:
 
 
 SCALES: dict[Preset, Scale] = {
-    "smoke": Scale(task(examples=300, epochs=4, points=4), seeds=1, stride=4),
+    "smoke": Scale(task(examples=300, epochs=4, points=4), seeds=1, stride=6),
     "default": Scale(task(examples=5_000, epochs=10, points=10), seeds=3),
     "paper": Scale(task(examples=60_000, epochs=100, points=50), seeds=3),
 }
@@ -108,8 +115,8 @@ class FashionKFAC(Experiment):
     scales = MappingProxyType(
         {
             "smoke": "300 examples, 4 epochs, a recipe for each method, 1 seed",
-            "default": "5,000 examples, 10 epochs, 4 recipes for each method, 3 seeds",
-            "paper": "60,000 examples, 100 epochs, 4 recipes for each method, 3 seeds",
+            "default": "5,000 examples, 10 epochs, 6 recipes for each method, 3 seeds",
+            "paper": "60,000 examples, 100 epochs, 6 recipes for each method, 3 seeds",
         }
     )
 
