@@ -58,7 +58,7 @@ KFAC_APO = Method(
     tuple(
         APOKFAC(1e-3, weight, trust_factor=factor)
         for factor in (1.1, None)
-        for weight in (0.1, 1e-2, 1e-3)
+        for weight in (1.0, 0.1, 1e-2)
     ),
     "self-tuning",
 )
