@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -44,6 +45,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
 )
 NAMES = [experiment.name for experiment in EXPERIMENTS]
 SEED = 3
+TRAINED, HELD_OUT = 500, 60
 
 
 class _Images:
@@ -56,10 +58,11 @@ class _Images:
         shape = {"cifar-10": (3, 32, 32), "mnist": (1, 28, 28), "digits": (64,)}[name]
         source = np.random.default_rng(SEED)
         centres = source.random((10, *shape))
-        labels = source.integers(0, 10, 560)
-        noise = source.random((560, *shape))
+        labels = source.integers(0, 10, TRAINED + HELD_OUT)
+        noise = source.random((TRAINED + HELD_OUT, *shape))
         inputs = (0.7 * centres[labels] + 0.3 * noise).astype(np.float32)
-        train, test = Split(inputs[:500], labels[:500]), Split(inputs[500:], labels[500:])
+        parts = (slice(None, TRAINED), slice(TRAINED, None))
+        train, test = (Split(inputs[part], labels[part]) for part in parts)
         return Dataset(name, train, test, 10, "")
 
     def progress(self, done: int, total: int, text: str = "") -> None:
@@ -89,7 +92,11 @@ def _all_records(experiment: Experiment) -> list[Record]:
 @pytest.fixture(scope="module")
 def smoke() -> dict[str, list[Record]]:
     """The records of every experiment at smoke scale."""
-    return {experiment.name: _all_records(experiment) for experiment in EXPERIMENTS}
+    with (
+        mock.patch("experiments.paper.p22_fig24.TEST_IMAGES", HELD_OUT),
+        mock.patch("experiments.paper.p22_fig4_right.TEST_IMAGES", HELD_OUT),
+    ):
+        return {experiment.name: _all_records(experiment) for experiment in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=NAMES)
